@@ -1,0 +1,63 @@
+"""The Hatrack client: `Client`, `AsyncClient`, what they return and what they raise."""
+
+from hatrack_client.aio import AsyncClient, AsyncGenerationStream
+from hatrack_client.client import Client, GenerationStream
+from hatrack_client.errors import (
+    Aborted,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    HatrackClientError,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    ServerError,
+    Unauthenticated,
+    Unavailable,
+)
+from hatrack_client.types import (
+    Adapter,
+    AdapterState,
+    AdapterVersion,
+    Delta,
+    FinishReason,
+    Generation,
+    Message,
+    Sampling,
+    Timing,
+    TokenLogprob,
+    TokenLogprobs,
+    Usage,
+)
+
+__all__ = [
+    "Aborted",
+    "Adapter",
+    "AdapterState",
+    "AdapterVersion",
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "Delta",
+    "FailedPrecondition",
+    "FinishReason",
+    "Generation",
+    "GenerationStream",
+    "HatrackClientError",
+    "InvalidArgument",
+    "Message",
+    "NotFound",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "Sampling",
+    "ServerError",
+    "Timing",
+    "TokenLogprob",
+    "TokenLogprobs",
+    "Unauthenticated",
+    "Unavailable",
+    "Usage",
+]

@@ -1,0 +1,5 @@
+"""`python -m hatrack_client` is the `hatrack` command."""
+
+from hatrack_client.cli import main
+
+main()

@@ -1,0 +1,124 @@
+"""The composition root: configuration in, processes up, calls served, drained and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
+from rich.console import Console
+
+from hatrack_server.api.server import ApiServer
+from hatrack_server.catalog import Catalog
+from hatrack_server.config import ServerConfig
+from hatrack_server.engine.client import EngineClient
+from hatrack_server.errors import StartupError
+from hatrack_server.logs import configure_logging
+from hatrack_server.metrics import Metrics, MetricsEndpoint
+from hatrack_server.startup import LoadingProgress, base_table
+from hatrack_server.tenancy.keys import KeyStore
+from hatrack_server.text.codec import TextCodec
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a started server listens; the ports are the real ones, also where 0 was asked for."""
+
+    host: str
+    port: int
+    metrics_port: int
+
+
+async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process as if there were no handler.
+
+    Calls `announce` once calls are answered. Raises StartupError when the server can't start as it was asked to.
+    """
+    configure_logging()
+    stopped = _stop_on_signals()
+    async with AsyncExitStack() as stack:
+        metrics = Metrics()
+        endpoint = stack.enter_context(closing(MetricsEndpoint(metrics, config.host, config.metrics_port)))
+        keys = KeyStore(config.data_dir)
+        if not config.loopback and not keys.any_keys():
+            raise StartupError(f"host {config.host} is not loopback and there is no key: make one with hatrack keys")
+        codec = await asyncio.to_thread(TextCodec, config.engine.model)
+        engine = await _until(stopped, stack.enter_async_context(_engine(config, metrics)))
+        if engine is None:
+            return
+        catalog = stack.enter_context(closing(_catalog(config, engine)))
+        api = ApiServer(config, engine=engine, catalog=catalog, keys=keys, codec=codec, metrics=metrics)
+        port = await api.start()
+        announce(Addresses(config.host, port, endpoint.port))
+        await stopped.wait()
+        log.info("draining", seconds=config.drain_seconds)
+        left = await api.stop(config.drain_seconds)
+        log.info("stopped", cut_off=left)
+
+
+@asynccontextmanager
+async def _engine(config: ServerConfig, metrics: Metrics) -> AsyncIterator[EngineClient]:
+    """The engine with its base loaded; shows how the loading goes."""
+    console = Console(stderr=True)
+    progress = LoadingProgress(console)
+    engine = EngineClient(
+        config.engine,
+        on_stats=metrics.observe,
+        on_progress=progress.update,
+        on_restart=metrics.worker_restarted,
+    )
+    try:
+        with progress:
+            base = await engine.start()
+        console.print(base_table(base))
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def _catalog(config: ServerConfig, engine: EngineClient) -> Catalog:
+    # The catalog learns in whatever thread it works that a digest is unused; the engine lives on the event loop.
+    loop = asyncio.get_running_loop()
+    return Catalog(
+        config.data_dir,
+        max_upload_bytes=config.max_upload_bytes,
+        on_unused=lambda digest: _call(loop, engine.forget, digest),
+    )
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[str], None], digest: str) -> None:
+    loop.call_soon_threadsafe(function, digest)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def stop() -> None:
+        stopped.set()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stop)
+    return stopped
+
+
+async def _until(stopped: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The work's result; None, with the work cancelled, when the stop comes first."""
+    task, stop = asyncio.create_task(work), asyncio.create_task(stopped.wait())
+    await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not task.done():
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return None
+    return task.result()

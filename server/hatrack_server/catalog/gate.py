@@ -1,0 +1,94 @@
+"""The upload gate: everything about an artifact that can be checked without running the base on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hatrack.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, BaseIdentity, Manifest
+from hatrack_server.adapters import methods
+from hatrack_server.adapters.safetensors_header import read_header
+from hatrack_server.adapters.strict_json import parse_object
+from hatrack_server.catalog.finite import first_non_finite
+from hatrack_server.catalog.upload import MAX_JSON_BYTES
+from hatrack_server.errors import InvalidArtifact
+from hatrack_server.types import Artifact, BaseInfo, ProgramSpec
+
+_NO_MANIFEST = "no manifest.json: the base that it was trained on is unknown"
+_OTHER = {
+    "quantization": "it was trained on another quantization of the base ({theirs}; this server has {ours})",
+    "tokenizer": "it was trained with another tokenizer than this server's",
+    "chat_template": "it was trained with another chat template than this server's",
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the gate found in an artifact that it lets pass."""
+
+    spec: ProgramSpec
+    verified: bool  # a manifest is there, and all four digests of its base are the served base's
+    warnings: tuple[str, ...]
+
+
+def check(artifact: Artifact, base: BaseInfo, *, max_rank: int) -> Checked:
+    """Checks the files of `artifact` against `base`; reads every byte once, and changes nothing.
+
+    Raises InvalidArtifact naming the file, key or tensor that is wrong: JSON that isn't plain and small, a method or
+    setting that isn't served, tensors other than the configuration asks for on this base, numbers that aren't finite,
+    or a manifest that names other content or another base's weights.
+    """
+    config = _read_json(artifact.path, CONFIG_FILE)
+    headers = read_header(_existing(artifact.path, WEIGHTS_FILE))
+    spec = methods.describe(config, headers, base.linears, max_rank=max_rank)
+    tensor = first_non_finite(artifact.path / WEIGHTS_FILE, headers)
+    if tensor is not None:
+        raise InvalidArtifact(f"{WEIGHTS_FILE}: {tensor}", "holds NaN or infinity")
+    if not (artifact.path / MANIFEST_FILE).is_file():
+        return Checked(spec, verified=False, warnings=(_NO_MANIFEST,))
+    warnings = _check_manifest(_read_manifest(artifact.path), artifact, spec, base.identity)
+    return Checked(spec, verified=not warnings, warnings=warnings)
+
+
+def _check_manifest(manifest: Manifest, artifact: Artifact, spec: ProgramSpec, ours: BaseIdentity) -> tuple[str, ...]:
+    if manifest.artifact != artifact.digest:
+        raise InvalidArtifact(f"{MANIFEST_FILE}: artifact", "it was written for other files than these")
+    if manifest.method != spec.method:
+        raise InvalidArtifact(f"{MANIFEST_FILE}: method", f"the configuration says {spec.method}")
+    if manifest.base.weights != ours.weights:
+        raise InvalidArtifact(f"{MANIFEST_FILE}: base.weights", "it was trained on another base than this server's")
+    differing = [key for key in _OTHER if getattr(manifest.base, key) != getattr(ours, key)]
+    return tuple(
+        _OTHER[key].format(theirs=getattr(manifest.base, key)[:80], ours=getattr(ours, key)) for key in differing
+    )
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any]:
+    try:
+        return parse_object(_read_small(directory, name))
+    except ValueError as error:
+        raise InvalidArtifact(name, str(error)) from None
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    _read_json(directory, MANIFEST_FILE)  # strict where the contract's own reader is lenient
+    try:
+        return Manifest.from_json(_read_small(directory, MANIFEST_FILE).decode())
+    except ValueError as error:
+        raise InvalidArtifact(MANIFEST_FILE, str(error)) from None
+
+
+def _read_small(directory: Path, name: str) -> bytes:
+    with _existing(directory, name).open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise InvalidArtifact(name, f"must have at most {MAX_JSON_BYTES} bytes")
+    return data
+
+
+def _existing(directory: Path, name: str) -> Path:
+    path = directory / name
+    if not path.is_file():
+        raise InvalidArtifact(name, "missing")
+    return path

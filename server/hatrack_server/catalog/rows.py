@@ -1,0 +1,157 @@
+"""The catalog's rows: each function is one statement or two, within a transaction that the caller holds."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from hatrack.manifest import BaseIdentity
+from hatrack_server.catalog.gate import Checked
+from hatrack_server.catalog.records import AdapterRecord, AdapterState, VersionRecord
+
+READY = AdapterState.READY.value
+DELETING = AdapterState.DELETING.value
+SALT_BYTES = 16
+
+
+class AdapterRow(NamedTuple):
+    """One row of `adapters`."""
+
+    id: int
+    name: str
+    live_version: int
+    last_version: int
+    revision: int
+
+
+def salt(sql: sqlite3.Connection, tenant: str) -> bytes:
+    """The tenant's salt, made when there is none."""
+    sql.execute("INSERT OR IGNORE INTO tenants VALUES (?, ?)", (tenant, secrets.token_bytes(SALT_BYTES)))
+    (value,) = sql.execute("SELECT salt FROM tenants WHERE tenant = ?", (tenant,)).fetchone()
+    return bytes(value)
+
+
+_ADAPTER_COLUMNS = "id, name, live_version, last_version, revision"
+
+
+def find_adapter(sql: sqlite3.Connection, tenant: str, name: str) -> AdapterRow | None:
+    """The tenant's adapter of this name."""
+    row = sql.execute(f"SELECT {_ADAPTER_COLUMNS} FROM adapters WHERE tenant = ? AND name = ?", (tenant, name))  # noqa: S608
+    found = row.fetchone()
+    return AdapterRow(*found) if found else None
+
+
+def adapters_after(sql: sqlite3.Connection, tenant: str, name: str, limit: int) -> list[AdapterRow]:
+    """The tenant's adapters whose names follow `name`, in order."""
+    query = f"SELECT {_ADAPTER_COLUMNS} FROM adapters WHERE tenant = ? AND name > ? ORDER BY name LIMIT ?"  # noqa: S608
+    return [AdapterRow(*row) for row in sql.execute(query, (tenant, name, limit))]
+
+
+def insert_adapter(sql: sqlite3.Connection, tenant: str, name: str) -> AdapterRow:
+    """A new adapter without versions; the caller gives it one in the same transaction."""
+    sql.execute(
+        "INSERT INTO adapters (tenant, name, live_version, last_version, revision) VALUES (?, ?, 0, 0, 0)",
+        (tenant, name),
+    )
+    found = find_adapter(sql, tenant, name)
+    assert found is not None
+    return found
+
+
+def update_adapter(sql: sqlite3.Connection, adapter: AdapterRow, *, live_version: int, last_version: int) -> None:
+    """Sets both numbers, and changes the etag."""
+    sql.execute(
+        "UPDATE adapters SET live_version = ?, last_version = ?, revision = revision + 1 WHERE id = ?",
+        (live_version, last_version, adapter.id),
+    )
+
+
+def delete_adapter(sql: sqlite3.Connection, adapter_id: int) -> None:
+    """Removes an adapter with all of its versions."""
+    sql.execute("DELETE FROM adapters WHERE id = ?", (adapter_id,))
+
+
+def put_version(
+    sql: sqlite3.Connection,
+    adapter_id: int,
+    version: int,
+    digest: str,
+    size_bytes: int,
+    checked: Checked,
+    base: BaseIdentity,
+) -> None:
+    """Adds a ready version, or renews what the gate found in the one that is there."""
+    spec = checked.spec
+    sql.execute(
+        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (adapter_id, version) DO UPDATE SET verified = excluded.verified, warnings = excluded.warnings,"
+        " base_weights = excluded.base_weights, base_quantization = excluded.base_quantization",
+        (adapter_id, version, digest, READY, spec.method, spec.rank, spec.parameters, size_bytes, checked.verified,
+         json.dumps(checked.warnings), base.weights, base.quantization, datetime.now(UTC).isoformat()),
+    )  # fmt: skip
+
+
+def ready_versions(sql: sqlite3.Connection, adapter_id: int) -> dict[int, str]:
+    """The digests of an adapter's ready versions, by number."""
+    query = "SELECT version, digest FROM versions WHERE adapter_id = ? AND state = ?"
+    return dict(sql.execute(query, (adapter_id, READY)).fetchall())
+
+
+def checked_against(sql: sqlite3.Connection, adapter_id: int, version: int) -> tuple[str, str]:
+    """The base that a version was checked against: its weights' digest and its quantization."""
+    query = "SELECT base_weights, base_quantization FROM versions WHERE adapter_id = ? AND version = ?"
+    weights, quantization = sql.execute(query, (adapter_id, version)).fetchone()
+    return weights, quantization
+
+
+def mark_deleting(sql: sqlite3.Connection, adapter_id: int, version: int) -> None:
+    """Takes a version from new requests."""
+    sql.execute(
+        "UPDATE versions SET state = ? WHERE adapter_id = ? AND version = ?", (DELETING, adapter_id, version)
+    )  # fmt: skip
+
+
+def delete_retiring(sql: sqlite3.Connection, adapter_id: int, version: int) -> None:
+    """Removes a version that is being deleted; a ready one stays."""
+    sql.execute(
+        "DELETE FROM versions WHERE adapter_id = ? AND version = ? AND state = ?", (adapter_id, version, DELETING)
+    )
+
+
+def delete_all_retiring(sql: sqlite3.Connection) -> None:
+    """Finishes the deletions that an earlier run left unfinished."""
+    sql.execute("DELETE FROM versions WHERE state = ?", (DELETING,))
+
+
+def is_named(sql: sqlite3.Connection, digest: str) -> bool:
+    """Whether a ready version of any tenant has this content."""
+    query = "SELECT 1 FROM versions WHERE digest = ? AND state = ? LIMIT 1"
+    return sql.execute(query, (digest, READY)).fetchone() is not None
+
+
+def all_digests(sql: sqlite3.Connection) -> frozenset[str]:
+    """The digests of all versions of all tenants."""
+    return frozenset(digest for (digest,) in sql.execute("SELECT DISTINCT digest FROM versions"))
+
+
+def record(sql: sqlite3.Connection, adapter: AdapterRow, *, version: int = 0) -> AdapterRecord:
+    """What the API shows of an adapter."""
+    rows = sql.execute(
+        "SELECT version, digest, state, method, rank, parameters, size_bytes, verified, warnings, create_time"
+        " FROM versions WHERE adapter_id = ? ORDER BY version DESC",
+        (adapter.id,),
+    )
+    etag = f"{adapter.id}-{adapter.revision}"
+    return AdapterRecord(adapter.name, adapter.live_version, tuple(_versions(rows)), etag, version)
+
+
+def _versions(rows: Iterable[tuple[int, str, str, str, int, int, int, int, str, str]]) -> Iterable[VersionRecord]:
+    for version, digest, state, method, rank, parameters, size, verified, warnings, created in rows:
+        yield VersionRecord(
+            version, digest, AdapterState(state), method, rank, parameters, size, bool(verified),
+            tuple(json.loads(warnings)), datetime.fromisoformat(created),
+        )  # fmt: skip

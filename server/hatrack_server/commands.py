@@ -1,0 +1,150 @@
+"""`hatrack serve` and `hatrack keys`: options in, one sentence out when they are wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+# What runs the server is imported when it runs: `hatrack --help` loads this module too.
+
+ENGINE_OPTIONS = (
+    "model quantization dtype device threads max_model_len kv_cache_gb adapter_gb max_rows max_step_tokens max_rank"
+).split()
+DEFAULT_DATA_DIR = Path("hatrack-data")
+
+DataDir = Annotated[Path, typer.Option(help="Where adapters and keys are kept.")]
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(help="A checkpoint's folder, or a hub id.")] = None,
+    host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free one.", show_default="50051")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="0 takes a free one.", show_default="9464")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where adapters and keys are kept.", show_default="hatrack-data")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4 or none.", show_default="nf4")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.", show_default="auto")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Prompt and completion together, in tokens.", show_default="the model's")
+    ] = None,
+    kv_cache_gb: Annotated[float | None, typer.Option(help="Memory of the KV cache.", show_default="1")] = None,
+    adapter_gb: Annotated[float | None, typer.Option(help="Memory of resident adapters.", show_default="1")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Sequences in one step.", show_default="64")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Tokens in one step.", show_default="512")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="The highest rank accepted.", show_default="256")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads on a CPU.", show_default="torch's choice")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file; renewed ones are taken up.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Beyond loopback without TLS.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with the same settings; the command line wins.")] = None,
+) -> None:
+    """Serve one base model and its adapters over gRPC."""
+    given = {key: value for key, value in locals().items() if key != "config" and value is not None}
+    from hatrack_server.app import Addresses
+    from hatrack_server.app import serve as run
+    from hatrack_server.errors import StartupError
+
+    def announce(at: Addresses) -> None:
+        host = f"[{at.host}]" if ":" in at.host else at.host
+        typer.echo(f"hatrack: serving on {host}:{at.port}, metrics on http://{host}:{at.metrics_port}/metrics")
+
+    try:
+        asyncio.run(run(_configure(given, config), announce=announce))
+    except StartupError as error:
+        _fail(error.message)
+
+
+keys = typer.Typer(help="Make, list and revoke the keys of a server, beside its data.", no_args_is_help=True)
+
+
+@keys.command("create")
+def create_key(tenant: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Make a key for TENANT and print it: it can't be shown again."""
+    from hatrack_server.errors import InvalidRequest
+    from hatrack_server.tenancy.keys import KeyStore
+
+    try:
+        typer.echo(KeyStore(data_dir).create_key(tenant))
+    except InvalidRequest as error:
+        _fail(error.message)
+
+
+@keys.command("list")
+def list_keys(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """List the keys' ids with their tenants; the keys themselves are not stored."""
+    from hatrack_server.tenancy.keys import KeyStore
+
+    for key in KeyStore(data_dir).list_keys():
+        typer.echo(f"{key.id}\t{key.tenant}\t{key.create_time:%Y-%m-%dT%H:%M:%SZ}")
+
+
+@keys.command("revoke")
+def revoke_key(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Revoke the key with this id; calls with it are refused from now on."""
+    from hatrack_server.errors import NotFound
+    from hatrack_server.tenancy.keys import KeyStore
+
+    try:
+        KeyStore(data_dir).revoke_key(key_id)
+    except NotFound as error:
+        _fail(error.message)
+
+
+def _configure(given: dict[str, Any], file: Path | None) -> Any:
+    """The ServerConfig of a file and the options over it; raises StartupError naming what is wrong."""
+    from pydantic import ValidationError
+
+    from hatrack_server.config import ServerConfig
+    from hatrack_server.errors import StartupError
+    from hatrack_server.model.checkpoint import resolve_checkpoint
+
+    settings = _read(file) if file else {}
+    engine = settings.setdefault("engine", {})
+    if not isinstance(engine, dict):
+        raise StartupError("engine must be a mapping of settings")
+    for key, value in given.items():
+        (engine if key in ENGINE_OPTIONS else settings)[key] = value
+    if not isinstance(engine.get("model"), str):
+        raise StartupError("--model is missing: a checkpoint's folder, or a hub id")
+    try:
+        # Everything cheap is checked before a checkpoint may be downloaded.
+        ServerConfig.model_validate(settings)
+        engine["model"] = resolve_checkpoint(engine["model"])
+        return ServerConfig.model_validate(settings)
+    except ValidationError as error:
+        raise StartupError(_sentence(error.errors()[0])) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    from hatrack_server.errors import StartupError
+
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise StartupError(f"--config {file}: {error.strerror}") from None
+    except yaml.YAMLError:
+        raise StartupError(f"--config {file} is not YAML") from None
+    if not isinstance(settings, dict):
+        raise StartupError(f"--config {file} must be a mapping of settings")
+    return settings
+
+
+def _sentence(error: Any) -> str:
+    """One pydantic error as a sentence that names the option; a check over several fields names them itself."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    name = str(error["loc"][-1]) if error["loc"] else ""
+    if not name or name == "engine":
+        return message
+    return f"--{name.replace('_', '-')}: {message[:1].lower()}{message[1:]} (got {error['input']!r})"
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"hatrack: {message}", err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,154 @@
+"""The engine's central loop: schedule, run, sample, collect."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hatrack_server.adapters.apply import BatchEffects
+from hatrack_server.adapters.slots import ProgramSlots
+from hatrack_server.engine.blocks import KVBlocks
+from hatrack_server.engine.messages import DEADLINE_ERROR
+from hatrack_server.engine.sampler import Draw, Drawn, sample
+from hatrack_server.engine.scheduler import Scheduler, Work
+from hatrack_server.engine.sequence import Sequence
+from hatrack_server.model.batch import Batch, Chunk, build_batch
+from hatrack_server.model.paged import PagedModel
+from hatrack_server.types import Delta, EngineStats, FinishReason, Generation
+
+
+class Engine:
+    """Owns the scheduler, the resident programs and the model; none of them knows another."""
+
+    def __init__(
+        self, model: PagedModel, slots: ProgramSlots, blocks: KVBlocks, *, max_rows: int, max_step_tokens: int
+    ) -> None:
+        self.model = model
+        self.slots = slots
+        self.blocks = blocks
+        self.scheduler = Scheduler(blocks, slots, max_rows=max_rows, max_step_tokens=max_step_tokens)
+        self.steps = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._completion_tokens = 0
+        self._last_adapters = 0  # distinct adapters of the last step
+        self._effects = BatchEffects()
+        self._sequences: dict[int, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step may have something to do."""
+        return self.scheduler.has_work
+
+    def submit(self, generation: Generation) -> None:
+        """Queues a completion."""
+        sequence = Sequence(generation, arrival=time.monotonic())
+        self._sequences[generation.id] = sequence
+        self.scheduler.add(sequence)
+
+    def cancel(self, generation_id: int) -> None:
+        """Ends a completion without another delta; unknown ids are those that have just ended."""
+        sequence = self._sequences.pop(generation_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    def load_failed(self, digest: str, error: str) -> list[Delta]:
+        """Ends the completions that wait for a program that can't be loaded."""
+        return [self._fail(sequence, error) for sequence in self.scheduler.waiting_for(digest)]
+
+    def step(self) -> list[Delta]:
+        """One forward pass over what the scheduler chose; the deltas it gave. Empty when nothing can run now."""
+        now = time.monotonic()
+        expired = [self._fail(sequence, DEADLINE_ERROR) for sequence in self.scheduler.expired(now)]
+        work = sorted(self.scheduler.schedule(now), key=self._slot_number)
+        if not work:
+            return expired
+        drawn = self._run(work)
+        sampling = [w for w in work if w.samples]
+        self.scheduler.advance(work)
+        self.steps += 1
+        return expired + [self._collect(w.sequence, d) for w, d in zip(sampling, drawn, strict=True)]
+
+    def stats(self, *, stepped: bool) -> EngineStats:
+        """A snapshot; `stepped` says whether it follows a forward pass."""
+        return EngineStats(
+            steps=self.steps,
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.waiting,
+            kv_blocks_used=self.blocks.used,
+            kv_blocks_total=self.blocks.total,
+            resident_programs=len(self.slots),
+            resident_bytes=self.slots.bytes,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            completion_tokens=self._completion_tokens,
+            preemptions=self.scheduler.preemptions,
+            evictions=self.slots.evictions,
+            adapters_per_step=(self._last_adapters,) if stepped else (),
+        )
+
+    def _run(self, work: list[Work]) -> list[Drawn | None]:
+        """Draws one token for each work that samples, in order."""
+        rows = [(self.slots[w.sequence.digest] if w.sequence.digest else None, w.count) for w in work]
+        self._last_adapters = len({slot.number for slot, _ in rows if slot})
+        logits = self.model.forward(self._batch(work), self._effects.build(rows))
+        sampling = [row for row, w in enumerate(work) if w.samples]
+        if not sampling:
+            return []
+        return sample(logits[sampling], [self._draw(work[row].sequence) for row in sampling])
+
+    def _slot_number(self, work: Work) -> int:
+        """Rows of one adapter side by side, and adapters in the order in which they lie in the pools."""
+        return self.slots[work.sequence.digest].number if work.sequence.digest else -1
+
+    def _batch(self, work: list[Work]) -> Batch:
+        size = self.blocks.block_size
+        offsets = torch.arange(size)
+        chunks = []
+        for w in work:
+            sequence, end = w.sequence, w.sequence.computed + w.count
+            slots = (torch.tensor(sequence.blocks)[:, None] * size + offsets).view(-1)[:end]
+            chunks.append(Chunk(sequence.tokens[sequence.computed : end], sequence.computed, slots))
+        return build_batch(chunks, self.model.device)
+
+    def _draw(self, sequence: Sequence) -> Draw:
+        return Draw(sequence.generation.sampling, len(sequence.tokens), sequence.generated, self.model.eos_token_ids)
+
+    def _collect(self, sequence: Sequence, drawn: Drawn | None) -> Delta:
+        if drawn is None:
+            return self._fail(sequence, "its logits are not finite")
+        sequence.tokens.append(drawn.token)
+        self._count(sequence)
+        finish = self._finish(sequence, drawn.token)
+        if finish:
+            self._end(sequence)
+        return Delta(
+            id=sequence.id,
+            tokens=(drawn.token,),
+            logprobs=(drawn.logprobs,) if drawn.logprobs else (),
+            finish=finish,
+            cached_tokens=sequence.cached_tokens,
+            queue_seconds=(sequence.admitted or sequence.arrival) - sequence.arrival,
+        )
+
+    def _count(self, sequence: Sequence) -> None:
+        self._completion_tokens += 1
+        if sequence.generated == 1:
+            self._prompt_tokens += len(sequence.generation.prompt)
+            self._cached_tokens += sequence.cached_tokens
+
+    def _finish(self, sequence: Sequence, token: int) -> FinishReason | None:
+        sampling = sequence.generation.sampling
+        ends = token in sampling.stop_token_ids or (token in self.model.eos_token_ids and not sampling.ignore_eos)
+        if ends and sequence.generated >= sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.generated >= sampling.max_tokens else None
+
+    def _fail(self, sequence: Sequence, error: str) -> Delta:
+        self._end(sequence)
+        return Delta(id=sequence.id, finish=FinishReason.ERROR, error=error)
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.id]
+        self.scheduler.remove(sequence)

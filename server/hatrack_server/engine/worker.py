@@ -1,0 +1,159 @@
+"""The engine's process: alone imports torch, ends with its parent, and waits for nothing but work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+import torch
+import transformers
+
+from hatrack_server.adapters.pools import Pools
+from hatrack_server.adapters.program import compile_artifact
+from hatrack_server.adapters.slots import Load, ProgramSlots
+from hatrack_server.config import EngineConfig
+from hatrack_server.engine.blocks import KVBlocks
+from hatrack_server.engine.messages import (
+    Cancel,
+    Forget,
+    Preload,
+    Progress,
+    Ready,
+    Refused,
+    Stepped,
+    Stop,
+    Submit,
+    ToFront,
+    ToWorker,
+)
+from hatrack_server.engine.outbox import Outbox
+from hatrack_server.engine.step import Engine
+from hatrack_server.errors import StartupError
+from hatrack_server.model.checkpoint import identify
+from hatrack_server.model.paged import PagedModel
+from hatrack_server.types import BaseInfo, Delta
+
+Inbox = queue.SimpleQueue[ToWorker | Load]
+
+LOAD_POLL_SECONDS = 0.05  # how often deadlines are looked at while every sequence waits for its program
+
+
+def run_worker(config: EngineConfig, connection: Connection) -> None:
+    """The process's main function: loads the base, then steps while there is work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent drains, then stops us
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), name="reader", daemon=True).start()
+    outbox: Outbox[ToFront] = Outbox(connection)
+    try:
+        worker = Worker(config, inbox, outbox)
+    except StartupError as error:
+        outbox.put(Refused(error.message))
+    else:
+        worker.run()
+    outbox.close()
+
+
+def build_engine(config: EngineConfig, model: PagedModel, base: BaseInfo, loads: Inbox) -> Engine:
+    """Puts the engine together; finished loads go to `loads`."""
+    pools = Pools(model.linears, model.dtype, model.device, int(config.adapter_gb * 1e9))
+    slots = ProgramSlots(pools, lambda artifact: compile_artifact(artifact, model.linears), loads.put)
+    identity = base.identity
+    fingerprint = f"{identity.weights}:{identity.quantization}"
+    blocks = KVBlocks(
+        base.kv_tokens // config.block_size, config.block_size, fingerprint, prefix_cache=config.prefix_cache
+    )
+    return Engine(model, slots, blocks, max_rows=config.max_rows, max_step_tokens=config.max_step_tokens)
+
+
+def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:
+    """What the front process is told of the loaded base. Reads the checkpoint's files once, for their digests."""
+    kv_tokens = model.kv_slots - config.block_size
+    longest = min(model.max_position, kv_tokens)
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise StartupError(
+            f"max_model_len: {config.max_model_len} is more than {longest}, the lesser of the checkpoint's "
+            f"{model.max_position} positions and the KV cache's {kv_tokens} tokens"
+        )
+    return BaseInfo(
+        identity=identify(config.model, config.quantization),
+        architecture=model.architecture,
+        linears=model.linears,
+        vocab_size=model.config.vocab_size,
+        max_model_len=config.max_model_len or longest,
+        kv_tokens=kv_tokens,
+        eos_token_ids=model.eos_token_ids,
+        memory={**model.memory(), "adapters, at most": int(config.adapter_gb * 1e9)},
+        device=str(model.device),
+    )
+
+
+class Worker:
+    """The engine with its mail: whatever other threads have for it comes through the inbox."""
+
+    def __init__(self, config: EngineConfig, inbox: Inbox, outbox: Outbox[ToFront]) -> None:
+        """Loads the base; raises StartupError when it can't be served."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._inbox = inbox
+        self._outbox = outbox
+        model = PagedModel(config, lambda stage, fraction: outbox.put(Progress(stage, fraction)))
+        outbox.put(Progress("reading digests", 0.9))
+        base = describe_base(config, model)
+        self._engine = build_engine(config, model, base, inbox)
+        outbox.put(Ready(base))
+
+    def run(self) -> None:
+        """Steps until told to stop; blocks only while no sequence can run."""
+        stepped = False
+        while True:
+            deltas: list[Delta] = []
+            loads: list[float] = []
+            for message in self._mail(stepped=stepped):
+                match message:
+                    case Stop():
+                        self._engine.slots.close()
+                        return
+                    case Submit(generation):
+                        self._engine.submit(generation)
+                    case Cancel(generation_id):
+                        self._engine.cancel(generation_id)
+                    case Preload(artifact):
+                        self._engine.slots.request(artifact)
+                    case Forget(digest):
+                        self._engine.slots.forget(digest)
+                    case Load(digest, seconds, None):
+                        loads.append(seconds)
+                    case Load(digest, _, str(error)):
+                        deltas += self._engine.load_failed(digest, error)
+            before = self._engine.steps
+            deltas += self._engine.step()
+            stepped = self._engine.steps > before
+            stats = replace(self._engine.stats(stepped=stepped), adapter_loads=tuple(loads))
+            self._outbox.put(Stepped(tuple(deltas), stats))
+
+    def _mail(self, *, stepped: bool) -> Iterator[ToWorker | Load]:
+        """What has come; waits for it unless the last step had work, which then the next one has too."""
+        if not stepped:
+            try:
+                yield self._inbox.get(timeout=LOAD_POLL_SECONDS if self._engine.has_work else None)
+            except queue.Empty:
+                return
+        while not self._inbox.empty():
+            yield self._inbox.get_nowait()
+
+
+def _read(connection: Connection, inbox: Inbox) -> None:
+    while True:
+        try:
+            inbox.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(1)  # the parent died: nobody is left to answer

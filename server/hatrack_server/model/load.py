@@ -1,0 +1,87 @@
+"""Loading the frozen base, quantised to NF4 with double quantisation (QLoRA, Dettmers et al. 2023) by bitsandbytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from hatrack_server.errors import StartupError
+
+Quantization = Literal["nf4", "none"]
+
+
+def load_base(
+    checkpoint: Path,
+    *,
+    quantization: Quantization,
+    dtype: torch.dtype | None,
+    device: str,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """Loads a decoder-only causal LM in eval mode, every parameter frozen.
+
+    `dtype` is what activations are computed in; None takes bfloat16 with NF4, else the checkpoint's own. A checkpoint
+    that is NF4 on disk is taken as it is. Raises StartupError for what transformers can't load as a causal LM, for
+    another quantisation on disk, and for stacked experts, which bitsandbytes silently leaves in 16 bits.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (ValueError, OSError, KeyError) as error:
+        raise StartupError(f"the model's config.json can't be read: {_first_line(error)}") from None
+    extra = _quantization_arguments(config, quantization, dtype or torch.bfloat16)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            dtype=dtype or ("auto" if quantization == "none" else torch.bfloat16),
+            device_map=device,
+            attn_implementation=attn_implementation,
+            local_files_only=True,
+            **extra,
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise StartupError(f"the model can't be loaded: {_first_line(error)}") from error
+    if quantization == "nf4":
+        _refuse_unquantised_experts(model)
+    return model.eval().requires_grad_(False)
+
+
+def prepare_for_training(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from repacking weights in place on the CPU.
+
+    After one forward in eval mode the packed kernel, which has no autograd, would cut most gradients off silently.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantization_arguments(config: Any, quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    on_disk = getattr(config, "quantization_config", None)
+    if on_disk is not None:
+        settings = on_disk if isinstance(on_disk, dict) else on_disk.to_dict()
+        if quantization != "nf4" or not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
+            raise StartupError("the checkpoint is quantised on disk otherwise than as bitsandbytes NF4")
+        return {}
+    if quantization == "none":
+        return {}
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": nf4}
+
+
+def _refuse_unquantised_experts(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3:
+            raise StartupError(f"mixture-of-experts weights stay unquantised ({name}): serve with --quantization none")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

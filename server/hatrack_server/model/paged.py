@@ -1,0 +1,148 @@
+"""The base as the engine uses it: loaded, wrapped, probed, with its pool of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from bitsandbytes.nn import Params4bit
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+
+from hatrack_server.config import EngineConfig
+from hatrack_server.errors import StartupError
+from hatrack_server.model.attention import PAGED, PagedKV, StepCache
+from hatrack_server.model.batch import Batch
+from hatrack_server.model.load import load_base
+from hatrack_server.model.probe import probe, refuse_unservable
+from hatrack_server.model.wrap import Effect, Effects, wrap_linears
+
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class PagedModel:
+    """A causal LM that computes ragged batches over a paged KV pool.
+
+    linears: the layers that adapters may target; kv_slots: tokens that the pool holds, its zero block included.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] = lambda *_: None) -> None:
+        """Loads and checks the base; raises StartupError when it can't be served right."""
+        self.device = torch.device(_device(config.device))
+        progress("loading weights", 0.0)
+        self._model = load_base(
+            config.model,
+            quantization=config.quantization,
+            dtype=DTYPES[config.dtype],
+            device=str(self.device),
+            attn_implementation=PAGED,
+        )
+        refuse_unservable(self._model)
+        self.config: PretrainedConfig = self._model.config.get_text_config()
+        self.dtype: torch.dtype = self._model.dtype
+        self.block_size = config.block_size
+        self._effects = Effects()
+        self.linears = wrap_linears(self._model, self._effects, packed=config.packed)
+        progress("allocating the KV cache", 0.6)
+        shapes = self._kv_shapes()
+        self._bytes_per_token = sum(heads * (k + v) for heads, k, v in shapes) * self.dtype.itemsize
+        blocks = int(config.kv_cache_gb * 1e9 / (self._bytes_per_token * config.block_size))
+        if blocks < 2:
+            raise StartupError(
+                f"kv_cache_gb: {config.kv_cache_gb} holds less than one block of {config.block_size} tokens"
+            )
+        self.kv_slots = (blocks + 1) * config.block_size  # one more for the zeros that padding points at
+        self._kv = PagedKV(shapes, self.kv_slots, self.dtype, self.device)
+        progress("checking attention", 0.8)
+        probe(self)
+
+    @property
+    def architecture(self) -> str:
+        """E.g. "LlamaForCausalLM"."""
+        return type(self._model).__name__
+
+    @property
+    def max_position(self) -> int:
+        """The longest context that the checkpoint claims, in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """From the generation config, where chat models keep their several ends; else from the config."""
+        for source in (self._model.generation_config, self.config):
+            ids = getattr(source, "eos_token_id", None)
+            if ids is not None:
+                return frozenset([ids] if isinstance(ids, int) else ids)
+        return frozenset()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by what they are for."""
+        tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}.values()
+        packed = [t for t in tensors if isinstance(t, Params4bit)]
+        return {
+            "NF4 weights": sum(t.nbytes + scale_bytes(t) for t in packed),
+            "other weights": sum(t.nbytes for t in tensors if not isinstance(t, Params4bit)),
+            "KV cache": self.kv_slots * self._bytes_per_token,
+        }
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, effects: Mapping[str, Effect] | None = None) -> Tensor:
+        """One pass over the batch's tokens: logits [chunks, vocab] of each chunk's last token. Writes the KV pool."""
+        self._effects.by_layer = effects or {}
+        try:
+            out = self._model(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.positions[None],
+                past_key_values=StepCache(self._kv, batch.write_slots),
+                use_cache=True,
+                logits_to_keep=batch.last_tokens,
+                hatrack=batch,
+                hatrack_kv=self._kv,
+            )
+        finally:
+            self._effects.by_layer = {}
+        return out.logits[0]
+
+    @torch.inference_mode()
+    def eager_logits(self, ids: Tensor) -> Tensor:
+        """transformers' own attention on ids[T], without the pool: float32 logits [1, vocab] of the last token."""
+        return self._eagerly(ids, None)
+
+    def clear_kv(self) -> None:
+        """Zeroes the whole pool."""
+        for pool in (*self._kv.keys, *self._kv.values):
+            pool.zero_()
+
+    def _kv_shapes(self) -> list[tuple[int, int, int]]:
+        """(kv_heads, key dim, value dim) of each layer, as the model really makes them."""
+        cache = DynamicCache()
+        self._eagerly(torch.tensor([0, 1]), cache)
+        if len(cache.layers) != self.config.num_hidden_layers:
+            raise StartupError(f"{self.config.model_type} can't be served: its layers share keys and values")
+        return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
+
+    @torch.inference_mode()
+    def _eagerly(self, ids: Tensor, cache: DynamicCache | None) -> Tensor:
+        self._model.set_attn_implementation("eager")
+        try:
+            out = self._model(
+                ids[None].to(self.device), past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+            )
+        finally:
+            self._model.set_attn_implementation(PAGED)
+        return out.logits[0].float()
+
+
+def scale_bytes(weight: Params4bit) -> int:
+    """What the block scales of an NF4 weight take, in whichever layout it is."""
+    state = weight.quant_state
+    nested = state.state2.absmax.nbytes if state.nested else 0
+    return int(state.absmax.nbytes + nested)
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartupError("device: cuda was asked for, and none is available")
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,1 @@
+"""Text to tokens and back, without torch; the trainer uses the same code, so that it tokenises alike."""

@@ -1,0 +1,60 @@
+"""Writing what was trained: PEFT's own two files, and Hatrack's manifest beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hatrack.manifest import (
+    ARTIFACT_FILES,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    BaseIdentity,
+    Manifest,
+    artifact_digest,
+    file_sha256,
+)
+from peft import PeftModel
+
+from hatrack_trainer.errors import UsageError
+
+
+def check_output_folder(folder: Path) -> None:
+    """Raises UsageError if an artifact can't go there because something else is; changes nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"output.dir: {folder} exists already; name a new folder")
+
+
+def write_artifact(
+    model: PeftModel, folder: Path, *, base_name: str, base: BaseIdentity, training: dict[str, Any]
+) -> str:
+    """Writes the three files to `folder`, all or nothing, and returns the artifact's digest.
+
+    `base_name` is what adapter_config.json will call the base: the name the user gave, not where it was loaded from.
+    """
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base_name
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    # PEFT would otherwise ask the hub whether the vocabulary was resized.
+    model.save_pretrained(str(partial), save_embedding_layers=False)
+    (partial / "README.md").unlink(missing_ok=True)
+    _sort_config(partial / CONFIG_FILE)
+    digest = artifact_digest({name: file_sha256(partial / name) for name in ARTIFACT_FILES})
+    manifest = Manifest(artifact=digest, base=base, method=config.peft_type.value, training=training)
+    (partial / MANIFEST_FILE).write_text(manifest.to_json())
+    if folder.exists():
+        folder.rmdir()  # empty, or it would have been refused
+    partial.rename(folder)
+    return digest
+
+
+def _sort_config(file: Path) -> None:
+    """PEFT writes sets in hash order; sorted, equal adapters have equal digests."""
+    config = json.loads(file.read_text())
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

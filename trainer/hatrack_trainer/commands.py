@@ -1,0 +1,92 @@
+"""`hatrack train` and `hatrack demo`. Importing this costs nothing: what needs torch is imported inside."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+train = typer.Typer(no_args_is_help=True, help="Make adapters.")
+
+
+@train.callback()
+def _group() -> None:
+    """Make adapters."""  # With one command alone, typer would otherwise drop its name.
+
+
+@train.command()
+def run(config: Annotated[Path, typer.Argument(help="A YAML file; examples/train.yaml explains every key.")]) -> None:
+    """Train one adapter as CONFIG says, and write its artifact."""
+    with reporting_errors():
+        from hatrack_trainer.config import load_config
+
+        settings = load_config(config)
+        console = Console(stderr=True)
+        with console.status("importing torch"):
+            from hatrack_trainer.run import train as train_adapter
+        with progress_bar(console) as bar:
+            task = bar.add_task("training", total=None)
+            result = train_adapter(
+                settings,
+                on_step=lambda step, total, loss: bar.update(
+                    task, completed=step, total=total, description=f"training, loss {loss:.3f}"
+                ),
+                say=console.print,
+            )
+        held_out = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
+        typer.echo(f"{result.folder}: {result.steps} steps, loss {result.loss:.4f}{held_out}, digest {result.digest}")
+
+
+def demo(
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the base and the adapters are kept.", show_default="~/.cache/hatrack/demo"),
+    ] = None,
+) -> None:
+    """Make a small base and three adapters, serve them all at once, and show that each answers as itself."""
+    with reporting_errors():
+        from hatrack_trainer.demo.run import run_demo
+
+        run_demo(cache_dir, Console())
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar that names the work, its step and the time left."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+@contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Prints an expected error as one sentence on stderr and exits: 2 for the user's mistake, 1 for ours."""
+    # bitsandbytes recommends a package that would download a kernel at import.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        from hatrack_server.errors import HatrackError
+
+        from hatrack_trainer.errors import TrainerError, UsageError
+
+        try:
+            yield
+        except UsageError as error:
+            raise _exit(str(error), 2) from None
+        except HatrackError as error:
+            raise _exit(error.message, 2) from None
+        except TrainerError as error:
+            raise _exit(str(error), 1) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("hatrack"):
+            raise
+        raise _exit(f"{error.name} is missing: pip install 'hatrack[trainer]'", 2) from None
+
+
+def _exit(sentence: str, code: int) -> typer.Exit:
+    typer.echo(f"hatrack: {' '.join(sentence.split())}", err=True)
+    return typer.Exit(code)
