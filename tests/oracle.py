@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from hatrack_server.model.load import load_base
 
+NOISE = 0.1  # standard deviation of random adapter weights
+
 
 def make_adapter(base: PreTrainedModel, path: Path, *, seed: int, **config: Any) -> Path:
     """Saves a LoRA adapter with random, non-zero weights through PEFT itself; leaves `base` as it was."""
@@ -20,9 +22,9 @@ def make_adapter(base: PreTrainedModel, path: Path, *, seed: int, **config: Any)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data = torch.randn(parameter.shape, generator=generator) * NOISE
     model.save_pretrained(path)
-    model.unload()
+    _take_off(model)
     return path
 
 
@@ -47,7 +49,11 @@ class Oracle:
         try:
             return model(ids).logits[0].float()
         finally:
-            model.unload()
-            # PEFT leaves its config on the base, and warns at the next load.
-            if hasattr(self.base, "peft_config"):
-                del self.base.peft_config
+            _take_off(model)
+
+
+def _take_off(model: PeftModel) -> None:
+    """Leaves the base as it was; PEFT would leave its config there, and warn at the next adapter."""
+    base = model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
