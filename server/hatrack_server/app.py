@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from hatrack_server.startup import LoadingProgress, base_table
 from hatrack_server.tenancy.keys import KeyStore
 from hatrack_server.text.codec import TextCodec
 
+THREADS = 32
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 T = TypeVar("T")
@@ -44,6 +46,8 @@ async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) 
     Calls `announce` once calls are answered. Raises StartupError when the server can't start as it was asked to.
     """
     configure_logging()
+    # Requests' short calls must find a thread while uploads are written and checked.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
     stopped = _stop_on_signals()
     async with AsyncExitStack() as stack:
         metrics = Metrics()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+if TYPE_CHECKING:
+    from hatrack_server.config import ServerConfig
+
 # What runs the server is imported when it runs: `hatrack --help` loads this module too.
 
-ENGINE_OPTIONS = (
-    "model quantization dtype device threads max_model_len kv_cache_gb adapter_gb max_rows max_step_tokens max_rank"
-).split()
 DEFAULT_DATA_DIR = Path("hatrack-data")
 
 DataDir = Annotated[Path, typer.Option(help="Where adapters and keys are kept.")]
@@ -54,7 +54,7 @@ def serve(
         typer.echo(f"hatrack: serving on {host}:{at.port}, metrics on http://{host}:{at.metrics_port}/metrics")
 
     try:
-        asyncio.run(run(_configure(given, config), announce=announce))
+        asyncio.run(run(configure(given, config), announce=announce))
     except StartupError as error:
         _fail(error.message)
 
@@ -95,11 +95,11 @@ def revoke_key(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
         _fail(error.message)
 
 
-def _configure(given: dict[str, Any], file: Path | None) -> Any:
+def configure(given: dict[str, Any], file: Path | None) -> ServerConfig:
     """The ServerConfig of a file and the options over it; raises StartupError naming what is wrong."""
     from pydantic import ValidationError
 
-    from hatrack_server.config import ServerConfig
+    from hatrack_server.config import EngineConfig, ServerConfig
     from hatrack_server.errors import StartupError
     from hatrack_server.model.checkpoint import resolve_checkpoint
 
@@ -108,7 +108,7 @@ def _configure(given: dict[str, Any], file: Path | None) -> Any:
     if not isinstance(engine, dict):
         raise StartupError("engine must be a mapping of settings")
     for key, value in given.items():
-        (engine if key in ENGINE_OPTIONS else settings)[key] = value
+        (engine if key in EngineConfig.model_fields else settings)[key] = value
     if not isinstance(engine.get("model"), str):
         raise StartupError("--model is missing: a checkpoint's folder, or a hub id")
     try:

@@ -26,7 +26,7 @@ ADAPTERS = {
         "r": 64,
         "lora_alpha": 16,
         "use_rslora": True,
-        "target_modules": ["k_proj", "v_proj"],
+        "target_modules": ["k_proj", "v_proj", "down_proj", "fc2"],
         "rank_pattern": {"k_proj": 5},
         "layers_to_transform": [1],
     },
@@ -56,7 +56,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         adapters[name] = make_adapter(oracle.base, folder / name, seed=seed, **settings)
     config = EngineConfig(
-        model=checkpoint, dtype=precision, packed=packed, device="cpu", kv_cache_gb=0.004, max_rows=16, max_step_tokens=48
+        model=checkpoint,
+        dtype=precision,
+        packed=packed,
+        device="cpu",
+        kv_cache_gb=0.004,
+        max_rows=16,
+        max_step_tokens=48,
     )
     return Case(oracle, PagedModel(config), config, adapters, tolerance)
 
@@ -89,7 +95,9 @@ def test_rows_of_a_mixed_batch_equal_peft_alone(case: Case, monkeypatch: pytest.
     prompts, answers, logits, most = recorded_run(case, monkeypatch)
     assert most == 3
     for name, prompt, answer, got in zip(ROWS, prompts, answers, logits, strict=True):
-        forced = {who: case.oracle.logits(path, prompt + answer)[len(prompt) - 1 : -1] for who, path in case.adapters.items()}
+        forced = {
+            who: case.oracle.logits(path, prompt + answer)[len(prompt) - 1 : -1] for who, path in case.adapters.items()
+        }
         own = forced.pop(name)
         torch.testing.assert_close(got, own, rtol=0, atol=case.tolerance, msg=lambda text, name=name: f"{name}: {text}")
         best = own.topk(2).values

@@ -15,7 +15,7 @@ from hatrack.v1 import adapters_pb2 as pb
 from hatrack.v1 import adapters_pb2_grpc as pb_grpc
 from hatrack_server.api.auth import tenant
 from hatrack_server.api.responses import adapter_message
-from hatrack_server.api.threads import in_thread
+from hatrack_server.api.threads import entered, in_thread
 from hatrack_server.catalog import Catalog, DeclaredFile, Upload, gate
 from hatrack_server.engine.client import EngineClient
 from hatrack_server.errors import GenerationFailed, InvalidArtifact, InvalidRequest
@@ -23,8 +23,6 @@ from hatrack_server.metrics import Metrics
 from hatrack_server.text.codec import TextCodec
 from hatrack_server.types import Artifact, Sampling
 
-DEFAULT_PAGE_SIZE = 50
-MAX_PAGE_SIZE = 1000
 MAX_CHUNK_BYTES = 2**20
 CANARY_TEXT = "The quick brown fox jumps over the lazy dog."
 CANARY_SAMPLING = Sampling(temperature=0.0, max_tokens=1)
@@ -55,7 +53,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         parts = aiter(requests)
         header = _header(await anext(parts, None))
         files = [DeclaredFile(file.name, file.size, file.sha256) for file in header.files]
-        with self._catalog.begin_upload(tenant(), header.name, files, stage=header.stage) as upload:
+        async with entered(self._catalog.begin_upload, tenant(), header.name, files, stage=header.stage) as upload:
             async for part in parts:
                 await in_thread(upload.write, _chunk(part))
             message = await self._admit(upload)
@@ -74,7 +72,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         prompt = self._codec.encode(CANARY_TEXT)[: self._engine.base.max_model_len - CANARY_SAMPLING.max_tokens]
         deltas = self._engine.generate(
             tenant=tenant(),
-            salt=self._catalog.salt(tenant()),
+            salt=await in_thread(self._catalog.salt, tenant()),
             artifact=artifact,
             prompt=tuple(prompt),
             sampling=CANARY_SAMPLING,
@@ -89,7 +87,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:  # noqa: N802, ARG002
         """One adapter with all of its versions."""
-        return adapter_message(self._catalog.get(tenant(), request.name))
+        return adapter_message(await in_thread(self._catalog.get, tenant(), request.name))
 
     async def ListAdapters(  # noqa: N802
         self,
@@ -97,10 +95,9 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         context: Context,  # noqa: ARG002
     ) -> pb.ListAdaptersResponse:
         """One page, ordered by name."""
-        if request.page_size < 0:
-            raise InvalidRequest("page_size", f"page_size must not be negative (got {request.page_size})")
-        size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-        records, token = self._catalog.list(tenant(), page_size=size, page_token=request.page_token)
+        records, token = await in_thread(
+            self._catalog.list, tenant(), page_size=request.page_size, page_token=request.page_token
+        )
         return pb.ListAdaptersResponse(adapters=map(adapter_message, records), next_page_token=token)
 
     async def UpdateAdapter(  # noqa: N802

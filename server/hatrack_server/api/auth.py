@@ -9,10 +9,12 @@ from typing import Any
 
 import grpc
 
+from hatrack_server.api.threads import in_thread
 from hatrack_server.errors import Unauthenticated
 from hatrack_server.tenancy.keys import KeyStore
 
 DEFAULT_TENANT = "default"
+HEADER = "authorization"
 SCHEME = "bearer"
 
 # A gRPC handler gets a request and a context that can't carry more; each call is a task with its own variables.
@@ -27,7 +29,7 @@ def tenant() -> str:
 
 
 class KeyGuard:
-    """Refuses a call without a valid key. `open_without_keys`: as long as there is no key at all, everyone is `default`."""
+    """Refuses a call without a valid key; with `open_without_keys`, everyone is `default` while there is no key."""
 
     def __init__(self, keys: KeyStore, *, open_without_keys: bool) -> None:
         self._keys = keys
@@ -36,21 +38,20 @@ class KeyGuard:
     @asynccontextmanager
     async def __call__(self, context: Context) -> AsyncIterator[None]:
         """Names the call's tenant; raises Unauthenticated."""
-        _tenant.set(self._tenant_of(context))
+        credential = next((str(value) for key, value in context.invocation_metadata() or () if key == HEADER), None)
+        _tenant.set(await in_thread(self._tenant_of, credential))
         yield
 
-    def _tenant_of(self, context: Context) -> str:
+    def _tenant_of(self, credential: str | None) -> str:
         if self._open_without_keys and not self._keys.any_keys():
             return DEFAULT_TENANT
-        return self._keys.authenticate(_bearer(context))
+        return self._keys.authenticate(_bearer(credential))
 
 
-def _bearer(context: Context) -> str:
-    metadata = context.invocation_metadata() or ()
-    value = next((value for key, value in metadata if key == "authorization"), None)
-    if value is None:
+def _bearer(credential: str | None) -> str:
+    if credential is None:
         raise Unauthenticated("the metadata `authorization: Bearer KEY` is missing")
-    scheme, _, key = str(value).partition(" ")
+    scheme, _, key = credential.partition(" ")
     if scheme.lower() != SCHEME or not key.strip():
         raise Unauthenticated("the metadata `authorization` must read `Bearer KEY`")
     return key.strip()

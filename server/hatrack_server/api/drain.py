@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -43,8 +43,6 @@ class DrainGuard:
     async def drain(self, seconds: float) -> int:
         """Refuses new calls and waits up to `seconds` for those in flight; returns how many are left."""
         self._draining = True
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
-        except TimeoutError:
-            pass
         return self._in_flight

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
 import grpc
@@ -16,6 +15,7 @@ from hatrack.v1 import inference_pb2_grpc as pb_grpc
 from hatrack_server.api.auth import tenant
 from hatrack_server.api.requests import check_supported, fit, read_prompt, read_sampling, read_stops
 from hatrack_server.api.responses import FINISH_REASONS, delta_message, whole_message
+from hatrack_server.api.threads import entered, in_thread
 from hatrack_server.api.timing import Stopwatch
 from hatrack_server.api.transcript import Piece, Transcript
 from hatrack_server.catalog import Catalog, Lease
@@ -65,8 +65,8 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         stopwatch, deadline, base = Stopwatch(self._metrics), _deadline(context), self._engine.base
         check_supported(request)
         sampling, stops = read_sampling(request.sampling, base), read_stops(request.sampling)
-        with self._lease(request.adapter, base) as lease:
-            prompt = await asyncio.to_thread(read_prompt, request, self._codec, base)
+        async with self._lease(request.adapter, base) as lease:
+            prompt = await in_thread(read_prompt, request, self._codec, base)
             sampling = fit(sampling, request, len(prompt), base)
             if deadline is not None and time.monotonic() >= deadline:
                 raise DeadlinePassed("the deadline passed before the request was started")
@@ -91,8 +91,8 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         """Runs the completion to its end; closing the engine's generator cancels what is left of it at once."""
         deltas = self._engine.generate(
             tenant=tenant(),
-            salt=self._catalog.salt(tenant()),
-            artifact=lease and lease.artifact,
+            salt=await in_thread(self._catalog.salt, tenant()),
+            artifact=lease.artifact if lease else None,
             prompt=prompt,
             sampling=sampling,
             deadline=deadline,
@@ -106,14 +106,11 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
                     return
         raise Unavailable("the engine ended the completion early")
 
-    @contextmanager
-    def _lease(self, reference: str, base: BaseInfo) -> Iterator[Lease | None]:
-        """Pins the version that answers. On the event loop, because a cancelled thread would leave it pinned."""
+    def _lease(self, reference: str, base: BaseInfo) -> AbstractAsyncContextManager[Lease | None]:
+        """Pins the version that answers; nothing for the base alone."""
         if not reference:
-            yield None
-            return
-        with self._catalog.lease(tenant(), reference, base.identity) as lease:
-            yield lease
+            return nullcontext()
+        return entered(self._catalog.lease, tenant(), reference, base.identity)
 
     def _account(
         self,

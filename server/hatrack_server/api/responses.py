@@ -64,7 +64,7 @@ def _version(record: VersionRecord) -> adapters_pb2.AdapterVersion:
     return adapters_pb2.AdapterVersion(
         version=record.version,
         digest=record.digest,
-        state=adapters_pb2.AdapterState.Value(f"ADAPTER_STATE_{record.state}"),
+        state=f"ADAPTER_STATE_{record.state.value}",
         method=record.method,
         rank=record.rank,
         parameters=record.parameters,

@@ -89,6 +89,8 @@ class ApiServer:
         await self._health.shut_down()
         left = await self._drain.drain(drain_seconds)
         await self._server.stop(STOP_SECONDS)
+        # Those cut off still give back their leases and uploads.
+        await self._drain.drain(STOP_SECONDS)
         return left
 
     def _bind(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -22,3 +23,19 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     except asyncio.CancelledError:
         await asyncio.gather(work, return_exceptions=True)
         raise
+
+
+@asynccontextmanager
+async def entered(
+    context: Callable[P, AbstractContextManager[T]], *args: P.args, **kwargs: P.kwargs
+) -> AsyncIterator[T]:
+    """Makes, enters and leaves a blocking context manager in threads; a cancel leaves it too, even while it is made."""
+    held = ExitStack()
+
+    def enter() -> T:
+        return held.enter_context(context(*args, **kwargs))
+
+    try:
+        yield await in_thread(enter)
+    finally:
+        await in_thread(held.close)

@@ -19,7 +19,8 @@ def credentials(certificate: Path, key: Path) -> grpc.ServerCredentials:
     except OSError as error:
         raise StartupError(f"can't read {error.filename}: {error.strerror}") from None
     return grpc.dynamic_ssl_server_credentials(
-        grpc.ssl_server_certificate_configuration([pair]), _Reloading(certificate, key, pair)
+        grpc.ssl_server_certificate_configuration([pair]),
+        _Reloading(certificate, key, pair),  # type: ignore[arg-type]  # the stub doesn't know that None is allowed
     )
 
 

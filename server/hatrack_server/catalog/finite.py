@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from hatrack_server.adapters.safetensors_header import TensorHeader
 CHUNK_BYTES = 4 << 20  # a multiple of every item size
 
 # A float is NaN or infinite when every bit of its exponent is set: (integer view, exponent mask) by dtype.
-_EXPONENTS = {
+_EXPONENTS: dict[str, tuple[np.dtype[Any], int]] = {
     "F32": (np.dtype("<u4"), 0x7F80_0000),
     "F16": (np.dtype("<u2"), 0x7C00),
     "BF16": (np.dtype("<u2"), 0x7F80),

@@ -27,12 +27,23 @@ class AdapterRow(NamedTuple):
     last_version: int
     revision: int
 
+    @property
+    def etag(self) -> str:
+        """Changes with every change of the adapter, and never comes again."""
+        return f"{self.id}-{self.revision}"
 
-def salt(sql: sqlite3.Connection, tenant: str) -> bytes:
-    """The tenant's salt, made when there is none."""
-    sql.execute("INSERT OR IGNORE INTO tenants VALUES (?, ?)", (tenant, secrets.token_bytes(SALT_BYTES)))
-    (value,) = sql.execute("SELECT salt FROM tenants WHERE tenant = ?", (tenant,)).fetchone()
-    return bytes(value)
+
+def find_salt(sql: sqlite3.Connection, tenant: str) -> bytes | None:
+    """The tenant's salt, if it has one yet."""
+    row = sql.execute("SELECT salt FROM tenants WHERE tenant = ?", (tenant,)).fetchone()
+    return row[0] if row else None
+
+
+def insert_salt(sql: sqlite3.Connection, tenant: str) -> bytes:
+    """Gives a tenant without a salt a new one."""
+    salt = secrets.token_bytes(SALT_BYTES)
+    sql.execute("INSERT INTO tenants VALUES (?, ?)", (tenant, salt))
+    return salt
 
 
 _ADAPTER_COLUMNS = "id, name, live_version, last_version, revision"
@@ -145,8 +156,7 @@ def record(sql: sqlite3.Connection, adapter: AdapterRow, *, version: int = 0) ->
         " FROM versions WHERE adapter_id = ? ORDER BY version DESC",
         (adapter.id,),
     )
-    etag = f"{adapter.id}-{adapter.revision}"
-    return AdapterRecord(adapter.name, adapter.live_version, tuple(_versions(rows)), etag, version)
+    return AdapterRecord(adapter.name, adapter.live_version, tuple(_versions(rows)), adapter.etag, version)
 
 
 def _versions(rows: Iterable[tuple[int, str, str, str, int, int, int, int, str, str]]) -> Iterable[VersionRecord]:

@@ -56,9 +56,7 @@ class Upload:
     Used by one task at a time. As a context manager it aborts at the end unless the catalog has committed it.
     """
 
-    def __init__(
-        self, tenant: str, name: str, files: Sequence[DeclaredFile], directory: Path, *, stage: bool
-    ) -> None:
+    def __init__(self, tenant: str, name: str, files: Sequence[DeclaredFile], directory: Path, *, stage: bool) -> None:
         """`files` have passed `check_declared`; `directory` is empty and this upload's own."""
         self.tenant = tenant
         self.name = name

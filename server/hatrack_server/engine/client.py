@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 STALL_SECONDS = 60.0  # without a word from a worker that has work, it counts as hung
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # pauses before restarts in a row; the last one repeats
 STOP_SECONDS = 10.0
+REMEMBERED_PROGRAMS = 64  # that a new worker loads before anybody asks for them
 
 
 class EngineClient:
@@ -59,7 +60,7 @@ class EngineClient:
         self._on_restart = on_restart
         self._ids = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
-        self._programs: dict[str, Artifact] = {}  # used since the start and not forgotten, least recently first
+        self._programs: dict[str, Artifact] = {}  # that have worked, the least recently used first
         self._worker: _WorkerProcess | None = None
         self._base: BaseInfo | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -117,8 +118,6 @@ class EngineClient:
         Unavailable when the worker is not there or dies, DeadlinePassed, and GenerationFailed for this one alone.
         """
         worker = self._ready_worker()
-        if artifact:
-            self._programs[artifact.digest] = self._programs.pop(artifact.digest, artifact)
         generation = Generation(next(self._ids), tenant, salt, artifact, prompt, sampling, deadline)
         stream = self._streams[generation.id] = _Stream()
         if len(self._streams) == 1:
@@ -131,6 +130,8 @@ class EngineClient:
                 finished = delta.finish is not None
                 if delta.error is not None:
                     raise _error(delta.error)
+                if artifact:
+                    self._remember(artifact)
                 yield delta
         finally:
             self._streams.pop(generation.id, None)
@@ -142,6 +143,13 @@ class EngineClient:
         self._programs.pop(digest, None)
         if self._worker:
             self._worker.send(Forget(digest))
+
+    def _remember(self, artifact: Artifact) -> None:
+        """Keeps a program that has worked for the next worker; one that may have killed this one is not among them."""
+        self._programs.pop(artifact.digest, None)
+        self._programs[artifact.digest] = artifact
+        if len(self._programs) > REMEMBERED_PROGRAMS:
+            del self._programs[next(iter(self._programs))]
 
     def _ready_worker(self) -> _WorkerProcess:
         if self._worker is None or self._base is None:

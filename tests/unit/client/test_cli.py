@@ -97,7 +97,7 @@ def test_a_refusal_is_one_sentence_and_tells_whose_fault_it_is(
     [
         (("wear",), "wear"),
         (("generate", "hi", "--tempature", "1"), "--tempature"),
-        (("adapters", "promote", "tone", "zero"), "zero"),
+        (("adapters", "promote", "tone", "zero"), "version"),
         (("adapters", "push", "tone", "/nowhere"), "/nowhere"),
         (("generate", "hi", "--tls-ca", "/nowhere.pem"), "/nowhere.pem"),
     ],
@@ -128,7 +128,7 @@ def test_generate_imports_nothing_heavy(server: Any) -> None:
     script = (
         "import sys; from hatrack_client.cli import run; "
         f"status = run(['generate', 'hi', '--server', '{server.address}']); "
-        "heavy = {'torch', 'pydantic', 'transformers', 'hatrack_server', 'hatrack_trainer'} & set(sys.modules); "
+        "heavy = {'torch', 'transformers', 'peft', 'hatrack_server', 'hatrack_trainer'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
