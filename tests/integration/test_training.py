@@ -197,7 +197,7 @@ class TestCommand:
     ) -> None:
         data.write_text('{"prompt": "a"}')
         assert hatrack(["train", "run", str(self.write(tiny_llama, data, tmp_path))]) == 2
-        assert capsys.readouterr().err == f"hatrack: {data}:1: completion: missing or not text\n"
+        assert capsys.readouterr().err.strip() == f"hatrack: {data}:1: completion: missing or not text"
 
     def test_an_absent_model_exits_with_2(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert hatrack(["train", "run", str(self.write(tmp_path / "absent", data, tmp_path))]) == 2

@@ -1,0 +1,45 @@
+"""The same engine on a CUDA device: skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from inprocess import InProcess, tokens
+from oracle import Oracle, make_adapter
+from tiny import make_checkpoint
+
+from hatrack_server.config import EngineConfig
+from hatrack_server.model.paged import PagedModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_a_mixed_batch_gives_the_cpus_tokens(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "base", family)
+    base = Oracle(checkpoint, quantization="none", dtype=torch.float32, packed=False).base
+    adapters = [None] + [
+        make_adapter(base, tmp_path / f"r{rank}", seed=rank, r=rank, target_modules="all-linear") for rank in (4, 8, 64)
+    ]
+    answers = []
+    for device in ("cpu", "cuda"):
+        config = EngineConfig(
+            model=checkpoint, quantization="none", dtype="float32", device=device, kv_cache_gb=0.01, max_step_tokens=64
+        )
+        run = InProcess(PagedModel(config), config)
+        ids = [run.submit([(31 * n + 7 * i) % 256 for i in range(30 + n)], adapters[n % 4]) for n in range(8)]
+        deltas = run.run()
+        answers.append([tokens(deltas[i]) for i in ids])
+        run.close()
+    assert answers[0] == answers[1]
+
+
+def test_nf4_is_served_on_cuda(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "base")
+    config = EngineConfig(model=checkpoint, device="cuda", kv_cache_gb=0.01)
+    run = InProcess(PagedModel(config), config)  # the probe compares it with transformers' own attention
+    generation = run.submit(list(range(40)))
+    assert len(tokens(run.run()[generation])) == 8
+    run.close()
