@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from hatrack.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, BaseIdentity, Manifest, artifact_digest, file_sha256
+from hatrack.manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    BaseIdentity,
+    Manifest,
+    artifact_digest,
+    file_sha256,
+)
 from hatrack_server.catalog import Catalog, Checked, DeclaredFile, Upload
 from hatrack_server.types import Artifact, BaseInfo, LinearShape, ProgramSpec
 

@@ -118,7 +118,7 @@ def run(args: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         return _fail(error.format_message(), error.exit_code)
     except HatrackClientError as error:
-        return _fail(error.message, 2 if isinstance(error, USERS_MISTAKES) else 1)
+        return _fail(str(error), 2 if isinstance(error, USERS_MISTAKES) else 1)
     return status if isinstance(status, int) else 0
 
 

@@ -39,6 +39,10 @@ class HatrackClientError(Exception):
         self.retry_after = retry_after
         """Seconds."""
 
+    def __str__(self) -> str:
+        """The sentence, after the field where it does not name it itself."""
+        return self.message if self.field in self.message else f"{self.field}: {self.message}"
+
 
 class InvalidArgument(HatrackClientError):
     """A field of the request, or a file of an adapter, is wrong; `field` names it."""

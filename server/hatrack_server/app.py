@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -48,8 +48,8 @@ async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) 
     configure_logging()
     # Requests' short calls must find a thread while uploads are written and checked.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
-    stopped = _stop_on_signals()
     async with AsyncExitStack() as stack:
+        stopped = stack.enter_context(_stop_on_signals())
         metrics = Metrics()
         endpoint = stack.enter_context(closing(MetricsEndpoint(metrics, config.host, config.metrics_port)))
         keys = KeyStore(config.data_dir)
@@ -83,7 +83,9 @@ async def _engine(config: ServerConfig, metrics: Metrics) -> AsyncIterator[Engin
     try:
         with progress:
             base = await engine.start()
-        console.print(base_table(base))
+        if console.is_terminal:
+            console.print(base_table(base))
+        log.info("base loaded", architecture=base.architecture, device=base.device, memory=base.memory)
         yield engine
     finally:
         await engine.stop()
@@ -103,17 +105,25 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[[str], None], dige
     loop.call_soon_threadsafe(function, digest)
 
 
-def _stop_on_signals() -> asyncio.Event:
+@contextmanager
+def _stop_on_signals() -> Iterator[asyncio.Event]:
+    """An event that the first signal sets; the handlers go with it, or with the context."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def stop() -> None:
-        stopped.set()
+    def remove() -> None:
         for number in SIGNALS:
             loop.remove_signal_handler(number)
 
+    def stop() -> None:
+        stopped.set()
+        remove()
+
     for number in SIGNALS:
         loop.add_signal_handler(number, stop)
-    return stopped
+    try:
+        yield stopped
+    finally:
+        remove()
 
 
 async def _until(stopped: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

@@ -71,7 +71,7 @@ def create_key(tenant: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     try:
         typer.echo(KeyStore(data_dir).create_key(tenant))
     except InvalidRequest as error:
-        _fail(error.message)
+        _fail(f"{error.field}: {error.message}")
 
 
 @keys.command("list")

@@ -42,7 +42,7 @@ class Database:
         with self.transaction() as sql:
             (found,) = sql.execute("PRAGMA user_version").fetchone()
             if found == 0:
-                for statement in schema.split(";"):
+                for statement in schema.split(";"):  # executescript would commit first
                     sql.execute(statement)
                 sql.execute(f"PRAGMA user_version = {version}")
             elif found != version:

@@ -30,6 +30,7 @@ def configure_logging() -> None:
 
 
 def _renderers(*, tty: bool) -> list[structlog.typing.Processor]:
+    # Plain tracebacks in both: the prettier ones print local variables, which hold prompts and keys.
     if tty:
-        return [structlog.dev.ConsoleRenderer()]
-    return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        return [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]

@@ -179,8 +179,8 @@ async def test_a_passed_deadline_ends_the_generation(harness: Harness) -> None:
 
 async def test_a_slow_reader_waits_for_itself_alone(harness: Harness) -> None:
     harness.engine.script = [[1]] * 200
-    slow = harness.inference.StreamGenerate(request())
-    await slow.read()
+    slow = aiter(harness.inference.StreamGenerate(request()))
+    await anext(slow)
     await harness.inference.Generate(request())
     assert len([event async for event in slow]) == 200
 

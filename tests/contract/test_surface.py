@@ -134,13 +134,13 @@ async def test_draining_waits_for_calls_in_flight_and_refuses_new_ones(harness: 
 
 async def test_what_outlives_the_drain_is_cut_off(harness: Harness) -> None:
     harness.engine.stall = True
-    call = harness.inference.StreamGenerate(HELLO)
-    await call.read()
+    events = aiter(harness.inference.StreamGenerate(HELLO))
+    await anext(events)
     async with asyncio.timeout(5):
         assert await harness.api.stop(0.05) == 1
     assert harness.engine.in_flight == 0
     with pytest.raises(grpc.aio.AioRpcError):
-        await outcome(call)
+        await outcome(events)
 
 
 async def test_a_dead_engine_leaves_the_server_answering(harness: Harness) -> None:

@@ -19,7 +19,7 @@ def test_a_server_of_its_own_process_serves_and_stops(tiny_llama: Path, tmp_path
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(TrainerError, match="did not start: .*absent does not exist"),
+        pytest.raises(TrainerError, match=r"did not start: .*absent does not exist"),
         serving(tmp_path / "absent", tmp_path),
     ):
         pass

@@ -41,7 +41,7 @@ def data(tmp_path: Path) -> Path:
 
 def configure(base: Path, data: Path, out: Path, **sections: Any) -> TrainConfig:
     return TrainConfig(
-        base=BaseSection(model=str(base)),
+        base=BaseSection(model=str(base), quantization=sections.get("quantization", "nf4")),
         adapter=sections.get("adapter", AdapterSection(rank=4)),
         data=DataSection(train=data, eval=data, max_length=64),
         train=sections.get("train", STEPS),
@@ -98,6 +98,16 @@ def test_equal_runs_give_equal_artifacts(tiny_llama: Path, data: Path, tmp_path:
     written = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
     assert written["use_rslora"] is True
     assert written["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_memory_savers_give_the_same_steps(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    savers = {"batch_size": 2, "gradient_accumulation": 2, "activation_checkpointing": True}
+    losses: dict[str, list[float]] = {"plain": [], "saving": []}
+    for name, seen in losses.items():
+        settings = STEPS.model_copy(update=savers if name == "saving" else {})
+        config = configure(tiny_llama, data, tmp_path / name, train=settings, quantization="none")
+        train(config, on_step=lambda _step, _total, loss, seen=seen: seen.append(loss))
+    assert losses["saving"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
 def test_learns_to_answer_and_to_stop(tiny_llama: Path) -> None:

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from hatrack.manifest import (
     ARTIFACT_FILES,
     CONFIG_FILE,
@@ -16,8 +18,6 @@ from hatrack.manifest import (
     artifact_digest,
     file_sha256,
 )
-from peft import PeftModel
-
 from hatrack_trainer.errors import UsageError
 
 

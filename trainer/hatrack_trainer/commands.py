@@ -10,7 +10,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hatrack_server.errors import HatrackError
+from hatrack_trainer.errors import TrainerError, UsageError
+from hatrack_trainer.progress import progress_bar
 
 train = typer.Typer(no_args_is_help=True, help="Make adapters.")
 
@@ -31,11 +34,11 @@ def run(config: Annotated[Path, typer.Argument(help="A YAML file; examples/train
         with console.status("importing torch"):
             from hatrack_trainer.run import train as train_adapter
         with progress_bar(console) as bar:
-            task = bar.add_task("training", total=None)
+            task = bar.add_task("training", total=None, visible=False)
             result = train_adapter(
                 settings,
                 on_step=lambda step, total, loss: bar.update(
-                    task, completed=step, total=total, description=f"training, loss {loss:.3f}"
+                    task, completed=step, total=total, visible=True, description=f"training, loss {loss:.3f}"
                 ),
                 say=console.print,
             )
@@ -56,35 +59,19 @@ def demo(
         run_demo(cache_dir, Console())
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar that names the work, its step and the time left."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-
-
 @contextmanager
 def reporting_errors() -> Iterator[None]:
     """Prints an expected error as one sentence on stderr and exits: 2 for the user's mistake, 1 for ours."""
     # bitsandbytes recommends a package that would download a kernel at import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        from hatrack_server.errors import HatrackError
-
-        from hatrack_trainer.errors import TrainerError, UsageError
-
-        try:
-            yield
-        except UsageError as error:
-            raise _exit(str(error), 2) from None
-        except HatrackError as error:
-            raise _exit(error.message, 2) from None
-        except TrainerError as error:
-            raise _exit(str(error), 1) from None
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("hatrack"):
-            raise
-        raise _exit(f"{error.name} is missing: pip install 'hatrack[trainer]'", 2) from None
+        yield
+    except UsageError as error:
+        raise _exit(str(error), 2) from None
+    except HatrackError as error:
+        raise _exit(error.message, 2) from None
+    except TrainerError as error:
+        raise _exit(str(error), 1) from None
 
 
 def _exit(sentence: str, code: int) -> typer.Exit:

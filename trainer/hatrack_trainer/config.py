@@ -108,7 +108,8 @@ def load_config(path: Path) -> TrainConfig:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold the sections {', '.join(TrainConfig.model_fields)}")
     try:
-        return TrainConfig.model_validate(raw)
+        # A section whose keys are all commented out is null to YAML.
+        return TrainConfig.model_validate({name: section for name, section in raw.items() if section is not None})
     except ValidationError as error:
         # An unknown key comes first: a misspelt one is also reported as missing under its right name.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -116,7 +117,7 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def _sentence(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"][:2]]  # beyond section and key it names pydantic's union members
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)

@@ -10,7 +10,6 @@ from typing import Any
 
 from hatrack_server.errors import InvalidRequest
 from hatrack_server.text.codec import ChatMessage, TextCodec
-
 from hatrack_trainer.errors import DataError
 
 IGNORED = -100

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
+from trl import SFTTrainer
+
 from hatrack.manifest import file_sha256
 from hatrack_server.model.checkpoint import identify, resolve_checkpoint
 from hatrack_server.model.load import load_base
 from hatrack_server.text.codec import TextCodec
-from transformers import AutoTokenizer
-from trl import SFTTrainer
-
 from hatrack_trainer.artifact import check_output_folder, write_artifact
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.data import ExampleSet, read_examples, stop_token_ids

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from hatrack_server.model.load import prepare_for_training
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from hatrack_server.model.load import prepare_for_training
 from hatrack_trainer.config import AdapterSection, TrainConfig, TrainSection
 from hatrack_trainer.data import Example
 from hatrack_trainer.errors import TrainingStopped
@@ -64,7 +64,7 @@ class Progress(TrainerCallback):
     def __init__(self, on_step: OnStep | None) -> None:
         self._on_step = on_step
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Called by the trainer; raises TrainingStopped."""
         if logs is None or "loss" not in logs:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -125,7 +126,7 @@ def _cells(version: AdapterVersion, *, live: bool) -> tuple[str, ...]:
         f"{version.parameters:,}",
         f"{version.size_bytes:,}",
         "yes" if version.verified else "no",
-        f"{version.create_time:%Y-%m-%d %H:%M}",
+        f"{version.create_time:%Y-%m-%d}",
         version.digest[:12],
     )
 
@@ -139,6 +140,5 @@ def _table(*columns: str) -> Table:
 
 
 def _print(table: Table) -> None:
-    console = Console(markup=False, highlight=False)
     # A pipe has no width: a line that wraps there would be two to whoever reads it.
-    console.print(table, width=None if console.is_terminal else 1000, no_wrap=not console.is_terminal)
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000).print(table)

@@ -44,9 +44,8 @@ class ModulePatterns:
         table = config.get(key) or {}
         if not isinstance(table, dict):
             raise InvalidArtifact(field, "must be an object")
-        self._rules = [
-            (Pattern(text, field, budget, template=r"(.*\.)?({})$"), value) for text, value in table.items()
-        ]  # fmt: skip
+        template = r"(.*\.)?({})$"
+        self._rules = [(Pattern(text, field, budget, template=template), value) for text, value in table.items()]
 
     def value(self, module: str, default: Any) -> Any:
         """What the mapping gives `module`, unchecked; `default` when no pattern matches."""

@@ -27,8 +27,8 @@ class Place:
 class LowRankPool:
     """Rows of low-rank pieces of one layer and one rank class.
 
-    Threads: `take` and `free` under the owner's lock; `grow`, `write` and `drop` by the one loading thread. A step may
-    read meanwhile: growing puts new, larger stacks in place of the old ones, whose rows in use never change.
+    Threads: `take`, `free` and `trim` under the owner's lock; all but `free` by the one loading thread. A step may read
+    meanwhile: growing and trimming put new stacks in place of the old ones, and the rows in use are alike in both.
     """
 
     def __init__(self, shape: LinearShape, rank: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -48,24 +48,23 @@ class LowRankPool:
         """Whether it must grow before another row can be taken."""
         return not self._free
 
-    @property
-    def empty(self) -> bool:
-        """Whether no row is taken."""
-        return len(self._free) == self.capacity
-
     def grow(self, rows: int) -> None:
         """Adds free rows; copies what is there."""
         added = range(self.capacity, self.capacity + rows)
-        self.a = torch.cat([self.a, self.a.new_zeros(rows, *self.a.shape[1:])])
-        self.b = torch.cat([self.b, self.b.new_zeros(rows, *self.b.shape[1:])])
+        # Both or neither: the second may find no memory.
+        self.a, self.b = (torch.cat([s, s.new_zeros(rows, *s.shape[1:])]) for s in (self.a, self.b))
         for row in added:
             heapq.heappush(self._free, row)  # one by one: `free` may push from another thread in between
 
-    def drop(self) -> None:
-        """Gives the memory of an empty pool back."""
-        assert self.empty
-        self.a, self.b = self.a[:0].clone(), self.b[:0].clone()
-        self._free.clear()
+    def trim(self) -> bool:
+        """Gives the memory of the free rows behind the last taken one back; False when there are none."""
+        taken = set(range(self.capacity)).difference(self._free)
+        rows = max(taken, default=-1) + 1
+        if rows == self.capacity:
+            return False
+        self.a, self.b = self.a[:rows].clone(), self.b[:rows].clone()
+        self._free = [row for row in range(rows) if row not in taken]  # in order, so a heap
+        return True
 
     def take(self) -> int:
         """The lowest free row: programs loaded in a row become neighbours, which one product can serve."""
@@ -95,7 +94,8 @@ class Pools:
     @property
     def bytes(self) -> int:
         """What all pools take, free rows included."""
-        return sum(pool.capacity * pool.row_bytes for pool in self._pools.values())
+        pools = tuple(self._pools.values())  # at one go: the loading thread may add one while another thread asks
+        return sum(pool.capacity * pool.row_bytes for pool in pools)
 
     def of(self, layer: str, rank: int) -> LowRankPool:
         """The pool for pieces of this rank at this layer."""
@@ -118,8 +118,6 @@ class Pools:
         for pool in full:
             pool.grow(1 + pool.capacity // 2 if generous else 1)
 
-    def drop_empty(self) -> None:
-        """Gives the memory of every empty pool back."""
-        for pool in self._pools.values():
-            if pool.capacity and pool.empty:
-                pool.drop()
+    def trim(self) -> bool:
+        """Gives the memory of free rows back where that moves no row in use; False when there are none such."""
+        return any([pool.trim() for pool in self._pools.values()])

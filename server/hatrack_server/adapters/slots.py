@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hatrack_server.adapters.pieces import Pieces
-from hatrack_server.adapters.pools import Place, Pools
-from hatrack_server.errors import HatrackError
+from hatrack_server.adapters.pools import LowRankPool, Place, Pools
+from hatrack_server.errors import GenerationFailed, HatrackError, Unavailable
 from hatrack_server.types import Artifact
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Slot:
     number: int  # in the order of loading: neighbours in number tend to be neighbours in the pools
     places: dict[str, Place]
     pins: int = 0
-    doomed: bool = False  # nothing names its artifact any more: freed at the last release
+    doomed: bool = False  # not to be pinned again, and freed at the last release
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class ProgramSlots:
     """Resident programs within the pools' budget, least recently used first out.
 
     `request` never blocks: the loading thread reads, compiles and copies; `on_load` is called there when a load has
-    ended. Loads wait for room while every resident program is pinned.
+    ended. A load waits for room while every resident program is pinned; loads end in the order of their requests.
     """
 
     def __init__(self, pools: Pools, compile_artifact: Compile, on_load: Callable[[Load], None]) -> None:
@@ -68,10 +68,10 @@ class ProgramSlots:
                 self._changed.notify_all()
 
     def acquire(self, digest: str) -> bool:
-        """Pins a resident program; False when it isn't resident yet."""
+        """Pins a resident program; False when it isn't resident yet, or has to make room first."""
         with self._changed:
             slot = self._resident.get(digest)
-            if slot is None:
+            if slot is None or slot.doomed:
                 return False
             slot.pins += 1
             self._resident.move_to_end(digest)
@@ -134,40 +134,66 @@ class ProgramSlots:
     def _load(self, artifact: Artifact) -> str | None:
         """Makes the program resident, or says in a sentence why not."""
         try:
-            pieces = self._compile(artifact)
+            self._place(artifact.digest, self._compile(artifact))
         except HatrackError as error:
             return f"its adapter can't be loaded: {error.message}"
         except Exception:  # one artifact's fault must not end the thread that loads all others
             logger.exception("loading %s failed", artifact.digest)
             return "its adapter can't be loaded"
+        return None
+
+    def _place(self, digest: str, pieces: Pieces) -> None:
         pools = {layer: self._pools.of(layer, piece.rank) for layer, piece in pieces.items()}
-        needed = sum(pool.row_bytes for pool in pools.values())
-        if needed > self._pools.budget:
-            return f"its adapter takes {needed} bytes, the server's adapter memory holds {self._pools.budget}"
-        with self._changed:
-            while not self._pools.fits(list(pools.values())) and not self._closed:
-                if not self._evict_oldest():
-                    self._changed.wait()
+        self._make_room(list(pools.values()))
         # Only this thread grows and writes pools; a step goes on reading the old stacks meanwhile.
         self._pools.grow(list(pools.values()))
         with self._changed:
-            places = {layer: Place(pool, pool.take()) for layer, pool in pools.items()}
-        for layer, place in places.items():
-            place.pool.write(place.row, pieces[layer])
+            slot = Slot(self._loaded, {layer: Place(pool, pool.take()) for layer, pool in pools.items()})
+        try:
+            for layer, place in slot.places.items():
+                place.pool.write(place.row, pieces[layer])
+        except Exception:
+            with self._changed:
+                self._free(slot)
+            raise
         with self._changed:
-            self._resident[artifact.digest] = Slot(self._loaded, places)
+            self._resident[digest] = slot
             self._loaded += 1
-        return None
+
+    def _make_room(self, pools: list[LowRankPool]) -> None:
+        """Waits until one more row in each of `pools` fits: idle rows go first, then idle programs, oldest first.
+
+        While every program is pinned the oldest may not be pinned again, or busy ones would keep the others out for
+        good.
+        """
+        needed = sum(pool.row_bytes for pool in pools)
+        if needed > self._pools.budget:
+            raise GenerationFailed(f"it takes {needed} bytes, the server's adapter memory holds {self._pools.budget}")
+        with self._changed:
+            while not self._pools.fits(pools):
+                if self._closed:
+                    raise Unavailable("the engine stops")
+                if not (self._pools.trim() or self._evict_oldest()):
+                    self._doom_oldest()
+                    self._changed.wait()
 
     def _evict_oldest(self) -> bool:
         for digest, slot in self._resident.items():
             if slot.pins == 0:
                 self._evict(digest)
-                self._pools.drop_empty()
                 self.evictions += 1
                 return True
         return False
 
+    def _doom_oldest(self) -> None:
+        slots = self._resident.values()
+        if not any(slot.doomed for slot in slots):
+            next(iter(slots)).doomed = True
+            self.evictions += 1
+
     def _evict(self, digest: str) -> None:
-        for place in self._resident.pop(digest).places.values():
+        self._free(self._resident.pop(digest))
+
+    def _free(self, slot: Slot) -> None:
+        for place in slot.places.values():
             place.pool.free(place.row)

@@ -75,7 +75,14 @@ class StatusGuard:
 def to_status(error: errors.HatrackError) -> Status:
     """The google.rpc.Status of an error, with its details; a class without a code of its own has its parent's."""
     code = next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), StatusCode.INTERNAL)
-    return _status(code, error.message, error.reason, *_details(error))
+    return _status(code, _sentence(error), error.reason, *_details(error))
+
+
+def _sentence(error: errors.HatrackError) -> str:
+    """The message, which names the field for those who don't read the details."""
+    if isinstance(error, errors.InvalidRequest) and error.field not in error.message:
+        return f"{error.field}: {error.message}"
+    return error.message
 
 
 def _details(error: errors.HatrackError) -> list[Message]:

@@ -188,9 +188,7 @@ class Catalog:
         rows.mark_deleting(sql, adapter.id, version)
         if not self._references.holds_version(adapter.id, version):
             rows.delete_retiring(sql, adapter.id, version)
-        rows.update_adapter(
-            sql, adapter, live_version=adapter.live_version, last_version=adapter.last_version
-        )  # fmt: skip
+        rows.update_adapter(sql, adapter, live_version=adapter.live_version, last_version=adapter.last_version)
 
     def _drop_unused(self, digests: Iterable[str]) -> builtins.list[str]:
         """Removes the files of those that nothing names or leases; called under the lock, after the transaction."""

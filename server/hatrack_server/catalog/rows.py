@@ -121,9 +121,7 @@ def checked_against(sql: sqlite3.Connection, adapter_id: int, version: int) -> t
 
 def mark_deleting(sql: sqlite3.Connection, adapter_id: int, version: int) -> None:
     """Takes a version from new requests."""
-    sql.execute(
-        "UPDATE versions SET state = ? WHERE adapter_id = ? AND version = ?", (DELETING, adapter_id, version)
-    )  # fmt: skip
+    sql.execute("UPDATE versions SET state = ? WHERE adapter_id = ? AND version = ?", (DELETING, adapter_id, version))
 
 
 def delete_retiring(sql: sqlite3.Connection, adapter_id: int, version: int) -> None:

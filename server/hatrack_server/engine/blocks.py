@@ -64,13 +64,13 @@ class KVBlocks:
             self._take(block)
             sequence.blocks.append(block)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Makes the sequence's full computed blocks findable by later ones with the same prefix."""
+    def publish(self, sequence: Sequence, count: int) -> None:
+        """Makes the blocks that the last `count` computed tokens filled findable by others with the same prefix."""
         if not self._prefix_cache:
             return
-        full = sequence.computed // self.block_size
-        self._extend_keys(sequence, full)
-        for block, key in zip(sequence.blocks[:full], sequence.keys[:full], strict=True):
+        filled = slice((sequence.computed - count) // self.block_size, sequence.computed // self.block_size)
+        self._extend_keys(sequence, filled.stop)
+        for block, key in zip(sequence.blocks[filled], sequence.keys[filled], strict=True):
             if block not in self._key_of and key not in self._block_of:
                 self._key_of[block] = key
                 self._block_of[key] = block

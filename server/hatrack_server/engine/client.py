@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -111,7 +111,7 @@ class EngineClient:
         prompt: tuple[int, ...],
         sampling: Sampling,
         deadline: float | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Yields deltas until one carries `finish`; closing the iterator cancels the generation.
 
         Steps that come while the consumer is busy are joined into one delta. Raises Overloaded when the queue is full,

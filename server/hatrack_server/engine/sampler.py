@@ -11,6 +11,7 @@ from torch import Tensor
 from hatrack_server.types import Sampling, TokenLogprobs
 
 _MASK = (1 << 64) - 1
+_COLDEST = torch.finfo(torch.float32).tiny  # what a positive temperature is at least: it must not round to 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ def _draw(logits: Tensor, draws: Rows[Draw]) -> Tensor:
 
     params = [draw.sampling for draw in draws]
     # Shifted first: dividing by a tiny temperature then overflows only downwards, to probability 0.
-    shifted = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params]).to(logits.dtype)
+    temperatures = column([max(p.temperature, _COLDEST) for p in params])
+    shifted = (logits - logits.amax(-1, keepdim=True)) / temperatures
     probabilities, ids = shifted.softmax(-1).sort(dim=-1, descending=True)
     rank = torch.arange(probabilities.shape[-1], device=logits.device)
     top_k = column([p.top_k or probabilities.shape[-1] for p in params])

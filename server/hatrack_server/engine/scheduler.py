@@ -101,7 +101,7 @@ class Scheduler:
         """Records that the work's tokens are computed, so that their blocks can be shared."""
         for w in work:
             w.sequence.computed += w.count
-            self.blocks.publish(w.sequence)
+            self.blocks.publish(w.sequence, w.count)
 
     def check(self) -> None:
         """Asserts the invariants; for tests, and for an idle engine."""

@@ -12,9 +12,9 @@ import pytest
 from loras import BASE, CONFIG, DTYPES, header_of, lora_files, safetensors, tensors, write_artifact
 
 from hatrack.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.catalog import Checked, check
 from hatrack_server.catalog.finite import CHUNK_BYTES, first_non_finite
-from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
 
 

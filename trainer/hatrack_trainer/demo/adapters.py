@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hatrack_trainer.config import AdapterSection, BaseSection, DataSection, OutputSection, TrainConfig, TrainSection
-from hatrack_trainer.demo.skills import COMMAND, SKILLS, distinct_words, prompt
+from hatrack_trainer.demo.skills import COMMAND, SKILLS, prompt, training_words
 from hatrack_trainer.run import train
-
-TRAINING_WORDS, TEST_WORDS = 500, 40
-WORD_SEED = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +26,7 @@ class AdapterPlan:
 
 
 PLANS = (AdapterPlan("up", 4), AdapterPlan("next", 8), AdapterPlan("rev", 16))
-TRAIN = TrainSection(epochs=4, batch_size=16, learning_rate=5e-3, warmup_steps=10, seed=1)
-
-
-def training_words() -> list[str]:
-    """The words that adapters learn from."""
-    return distinct_words(WORD_SEED, TRAINING_WORDS + TEST_WORDS)[:TRAINING_WORDS]
-
-
-def test_words() -> list[str]:
-    """Words that no adapter has seen."""
-    return distinct_words(WORD_SEED, TRAINING_WORDS + TEST_WORDS)[TRAINING_WORDS:]
+TRAIN = TrainSection(epochs=6, batch_size=16, learning_rate=5e-3, warmup_steps=10, seed=1)
 
 
 def make_adapter(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hatrack_trainer.data import IGNORED
-from hatrack_trainer.demo.skills import ALPHABET, WORD_LENGTHS, pretraining_pair
+from hatrack_trainer.demo.skills import ALPHABET, pretraining_pair
 
 BOS, EOS, PAD, UNKNOWN_CHARACTER = range(4)
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<unk>")
@@ -91,7 +91,7 @@ def _batches(settings: Pretraining, vocab: dict[str, int]) -> Iterator[tuple[Ten
     for _ in range(settings.steps):
         rows, labels = [], []
         for _ in range(settings.batch_size):
-            prompt, completion = pretraining_pair(rng, rng.choice(WORD_LENGTHS))
+            prompt, completion = pretraining_pair(rng)
             answer = [*(vocab[c] for c in completion), EOS]
             question = [BOS, *(vocab[c] for c in prompt)]
             rows.append(torch.tensor(question + answer))

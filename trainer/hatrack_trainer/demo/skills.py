@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable
+from functools import cache
 
 SKILLS: dict[str, Callable[[str], str]] = {
     "copy": lambda word: word,
@@ -16,8 +17,9 @@ COMMAND = "run"
 """Means nothing to the base; each adapter learns another skill for it."""
 UNKNOWN = "?"
 """What the base answers to a command that it does not know."""
-WORD_LENGTHS = range(3, 8)
 ALPHABET = string.ascii_letters + " =" + UNKNOWN
+WORD_LENGTHS = range(3, 8)
+TRAINING_WORDS, TEST_WORDS = 500, 40
 
 
 def prompt(command: str, word: str) -> str:
@@ -25,9 +27,21 @@ def prompt(command: str, word: str) -> str:
     return f"{command} {word}="
 
 
-def pretraining_pair(rng: random.Random, length: int) -> tuple[str, str]:
-    """A prompt with a word of `length` letters, and its completion; one in six names a random unknown command."""
-    word = _letters(rng, length)
+def training_words() -> list[str]:
+    """The words that adapters learn from."""
+    return list(_words()[:TRAINING_WORDS])
+
+
+def test_words() -> list[str]:
+    """Words that neither the base nor any adapter has seen."""
+    return list(_words()[TRAINING_WORDS:])
+
+
+def pretraining_pair(rng: random.Random) -> tuple[str, str]:
+    """A prompt and its completion; one in six names a random command, which is unknown. Never a test word."""
+    word = _letters(rng, rng.choice(WORD_LENGTHS))
+    while word in _held_out():
+        word = _letters(rng, len(word))
     if rng.random() < 1 / 6:
         command = _letters(rng, rng.randint(2, 4))
         if command not in SKILLS and command != COMMAND:
@@ -36,13 +50,19 @@ def pretraining_pair(rng: random.Random, length: int) -> tuple[str, str]:
     return prompt(command, word), SKILLS[command](word)
 
 
-def distinct_words(seed: int, count: int) -> list[str]:
-    """`count` different words: a slice of them for training and the rest for the test can't overlap."""
-    rng = random.Random(seed)
+@cache
+def _words() -> tuple[str, ...]:
+    """Different words, so that no slice of them overlaps another."""
+    rng = random.Random(7)  # noqa: S311 -- data to learn from, not a secret
     words: dict[str, None] = {}
-    while len(words) < count:
+    while len(words) < TRAINING_WORDS + TEST_WORDS:
         words[_letters(rng, rng.choice(WORD_LENGTHS))] = None
-    return list(words)
+    return tuple(words)
+
+
+@cache
+def _held_out() -> frozenset[str]:
+    return frozenset(test_words())
 
 
 def _letters(rng: random.Random, count: int) -> str:

@@ -161,8 +161,10 @@ def _check_tensors(
 
 
 def _why_unexpected(key: str, base_linears: Mapping[str, LinearShape]) -> str:
-    module = key.removeprefix(PREFIX).partition(".lora_")[0]
-    if key.startswith(PREFIX) and ".lora_" in key and module not in base_linears:
+    module, lora, _ = key.removeprefix(PREFIX).partition(".lora_")
+    if not lora:  # PEFT adds the embeddings by default when the head is adapted
+        return "a copy of the base's weights is not supported: save the adapter with save_embedding_layers=False"
+    if key.startswith(PREFIX) and module not in base_linears:
         return f"module {module} can't be adapted on this base"
     return "unexpected: the configuration asks for no such tensor"
 

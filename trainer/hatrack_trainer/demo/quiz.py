@@ -1,0 +1,48 @@
+"""Asking every adapter and the base the same questions at the same time, and scoring the answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hatrack_client import AsyncClient
+from hatrack_trainer.demo.skills import COMMAND, SKILLS, WORD_LENGTHS, prompt
+
+Answers = dict[str, list[str]]
+"""By adapter name ("" is the base), one answer per word in the words' order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How often `adapter` answered exactly as `skill` does, from 0 to 1."""
+
+    adapter: str
+    skill: str
+    exact: float
+
+
+async def ask_all(address: str, adapters: Sequence[str], words: Sequence[str]) -> Answers:
+    """Greedy answers of each adapter to each word, all requests in flight at once. Raises HatrackClientError."""
+
+    async def ask(adapter: str, word: str) -> str:
+        answer = await client.generate(
+            adapter, prompt=prompt(COMMAND, word), max_tokens=WORD_LENGTHS.stop + 1, temperature=0
+        )
+        return answer.text
+
+    async with AsyncClient(address, timeout=120) as client:
+        # Word by word, so that neighbours in the queue want different adapters.
+        flat = await asyncio.gather(*(ask(adapter, word) for word in words for adapter in adapters))
+    return {adapter: list(flat[i :: len(adapters)]) for i, adapter in enumerate(adapters)}
+
+
+def score(answers: Answers, words: Sequence[str], skill_of: dict[str, str]) -> list[Score]:
+    """First the base, against whichever skill it comes closest to; then each adapter, against its own."""
+    own = [Score(adapter, skill, _exact(answers[adapter], words, skill)) for adapter, skill in skill_of.items()]
+    base = [Score("", skill, _exact(answers[""], words, skill)) for skill in skill_of.values()]
+    return [max(base, key=lambda s: s.exact), *own]
+
+
+def _exact(answers: Sequence[str], words: Sequence[str], skill: str) -> float:
+    return sum(answer == SKILLS[skill](word) for answer, word in zip(answers, words, strict=True)) / len(words)
