@@ -70,7 +70,8 @@ class Manifest:
             raise ValueError("base: missing or not an object")
         if raw.get("version") != MANIFEST_VERSION:
             raise ValueError(f"version: must be {MANIFEST_VERSION}")
-        base = {key: _text(raw["base"], key, "base.") for key in ("weights", "quantization", "tokenizer", "chat_template")}
+        digests = ("weights", "quantization", "tokenizer", "chat_template")
+        base = {key: _text(raw["base"], key, "base.") for key in digests}
         training = raw.get("training", {})
         if not isinstance(training, dict):
             raise ValueError("training: must be an object")

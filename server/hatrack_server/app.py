@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import AsyncExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from hatrack_server.engine.client import EngineClient
 from hatrack_server.errors import StartupError
 from hatrack_server.logs import configure_logging
 from hatrack_server.metrics import Metrics, MetricsEndpoint
-from hatrack_server.startup import LoadingProgress, base_table
+from hatrack_server.startup import LoadingProgress
 from hatrack_server.tenancy.keys import KeyStore
 from hatrack_server.text.codec import TextCodec
 
@@ -52,14 +52,19 @@ async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) 
         stopped = stack.enter_context(_stop_on_signals())
         metrics = Metrics()
         endpoint = stack.enter_context(closing(MetricsEndpoint(metrics, config.host, config.metrics_port)))
-        keys = KeyStore(config.data_dir)
+        keys = stack.enter_context(closing(KeyStore(config.data_dir)))
         if not config.loopback and not keys.any_keys():
             raise StartupError(f"host {config.host} is not loopback and there is no key: make one with hatrack keys")
-        codec = await asyncio.to_thread(TextCodec, config.engine.model)
-        engine = await _until(stopped, stack.enter_async_context(_engine(config, metrics)))
-        if engine is None:
-            return
+        progress = LoadingProgress(Console(stderr=True))
+        engine = _engine(config, metrics, progress)
+        stack.push_async_callback(engine.stop)
+        # Before the base, which takes minutes: what is wrong with the data directory shows at once.
         catalog = stack.enter_context(closing(_catalog(config, engine)))
+        codec = await asyncio.to_thread(TextCodec, config.engine.model)
+        base = await _until(stopped, progress.follow(engine.start()))
+        if base is None:
+            return
+        log.info("base loaded", architecture=base.architecture, device=base.device, memory=base.memory)
         api = ApiServer(config, engine=engine, catalog=catalog, keys=keys, codec=codec, metrics=metrics)
         port = await api.start()
         announce(Addresses(config.host, port, endpoint.port))
@@ -69,26 +74,13 @@ async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) 
         log.info("stopped", cut_off=left)
 
 
-@asynccontextmanager
-async def _engine(config: ServerConfig, metrics: Metrics) -> AsyncIterator[EngineClient]:
-    """The engine with its base loaded; shows how the loading goes."""
-    console = Console(stderr=True)
-    progress = LoadingProgress(console)
-    engine = EngineClient(
+def _engine(config: ServerConfig, metrics: Metrics, progress: LoadingProgress) -> EngineClient:
+    return EngineClient(
         config.engine,
         on_stats=metrics.observe,
         on_progress=progress.update,
         on_restart=metrics.worker_restarted,
     )
-    try:
-        with progress:
-            base = await engine.start()
-        if console.is_terminal:
-            console.print(base_table(base))
-        log.info("base loaded", architecture=base.architecture, device=base.device, memory=base.memory)
-        yield engine
-    finally:
-        await engine.stop()
 
 
 def _catalog(config: ServerConfig, engine: EngineClient) -> Catalog:

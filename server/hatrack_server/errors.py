@@ -83,7 +83,7 @@ class Unavailable(HatrackError):
 
 
 class GenerationFailed(HatrackError):
-    """This completion alone could not go on, e.g. its adapter gives non-finite logits."""
+    """One completion could not go on, e.g. its adapter gives non-finite logits."""
 
     reason = "GENERATION_FAILED"
 

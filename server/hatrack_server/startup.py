@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Awaitable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -12,7 +12,7 @@ from hatrack_server.types import BaseInfo
 
 
 class LoadingProgress:
-    """A progress bar while it is entered; nothing where stderr is no terminal."""
+    """How far the loading is; shows nothing where the console is no terminal, and is harmless to update later."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -26,18 +26,17 @@ class LoadingProgress:
         )
         self._task: TaskID = self._progress.add_task("starting", total=1.0)
 
-    def __enter__(self) -> LoadingProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
     def update(self, stage: str, fraction: float) -> None:
         """Shows how far a stage is, from 0 to 1."""
         self._progress.update(self._task, description=stage, completed=fraction)
+
+    async def follow(self, loading: Awaitable[BaseInfo]) -> BaseInfo:
+        """Shows the bar until the base is loaded, then where its memory went; raises what `loading` raises."""
+        with self._progress:
+            base = await loading
+        if self._progress.console.is_terminal:
+            self._progress.console.print(base_table(base))
+        return base
 
 
 def base_table(base: BaseInfo) -> Table:

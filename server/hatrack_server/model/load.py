@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from hatrack_server.errors import StartupError
 
@@ -28,11 +28,7 @@ def load_base(
     that is NF4 on disk is taken as it is. Raises StartupError for what transformers can't load as a causal LM, for
     another quantisation on disk, and for stacked experts, which bitsandbytes silently leaves in 16 bits.
     """
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except (ValueError, OSError, KeyError) as error:
-        raise StartupError(f"the model's config.json can't be read: {_first_line(error)}") from None
-    extra = _quantization_arguments(config, quantization, dtype or torch.bfloat16)
+    extra = _quantization_arguments(read_config(checkpoint), quantization, dtype or torch.bfloat16)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -47,6 +43,14 @@ def load_base(
     if quantization == "nf4":
         _refuse_unquantised_experts(model)
     return model.eval().requires_grad_(False)
+
+
+def read_config(checkpoint: Path) -> PretrainedConfig:
+    """The checkpoint's configuration; raises StartupError when transformers can't read it."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise StartupError(f"the model's config.json can't be read: {_first_line(error)}") from None
 
 
 def prepare_for_training(model: PreTrainedModel) -> None:
@@ -79,7 +83,7 @@ def _quantization_arguments(config: Any, quantization: Quantization, dtype: torc
 
 def _refuse_unquantised_experts(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 3:
+        if parameter.dim() == 3 and "expert" in name:
             raise StartupError(f"mixture-of-experts weights stay unquantised ({name}): serve with --quantization none")
 
 

@@ -13,7 +13,7 @@ from hatrack_server.config import EngineConfig
 from hatrack_server.errors import StartupError
 from hatrack_server.model.attention import PAGED, PagedKV, StepCache
 from hatrack_server.model.batch import Batch
-from hatrack_server.model.load import load_base
+from hatrack_server.model.load import load_base, read_config
 from hatrack_server.model.probe import probe, refuse_unservable
 from hatrack_server.model.wrap import Effect, Effects, wrap_linears
 
@@ -29,6 +29,7 @@ class PagedModel:
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] = lambda *_: None) -> None:
         """Loads and checks the base; raises StartupError when it can't be served right."""
         self.device = torch.device(_device(config.device))
+        refuse_unservable(read_config(config.model))
         progress("loading weights", 0.0)
         self._model = load_base(
             config.model,
@@ -37,7 +38,6 @@ class PagedModel:
             device=str(self.device),
             attn_implementation=PAGED,
         )
-        refuse_unservable(self._model)
         self.config: PretrainedConfig = self._model.config.get_text_config()
         self.dtype: torch.dtype = self._model.dtype
         self.block_size = config.block_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from hatrack_server.errors import StartupError
 from hatrack_server.model.batch import Chunk, build_batch
@@ -20,14 +20,17 @@ LONGEST_PROBE = 1024
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}  # of the largest logit
 
 
-def refuse_unservable(model: PreTrainedModel) -> None:
-    """Raises StartupError for what is known to be served wrongly, with the reason."""
-    config: PretrainedConfig = model.config.get_text_config()
+def refuse_unservable(config: PretrainedConfig) -> None:
+    """Raises StartupError for what is known to be served wrongly, with the reason; needs no weights."""
     family = config.model_type
-    if not getattr(model, "_supports_attention_backend", False):
-        raise StartupError(f"{family} can't be served: its attention can't be replaced in transformers")
-    if getattr(model, "_is_stateful", False):
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if architecture is None:
+        raise StartupError(f"{family} can't be served: transformers has no causal language model of it")
+    if getattr(architecture, "_is_stateful", False):
         raise StartupError(f"{family} can't be served: it keeps a recurrent state beside keys and values")
+    if not getattr(architecture, "_supports_attention_backend", False):
+        raise StartupError(f"{family} can't be served: its attention can't be replaced in transformers")
+    config = config.get_text_config()
     unknown = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
     if unknown:
         raise StartupError(f"{family} can't be served: it has layers of type {', '.join(sorted(unknown))}")

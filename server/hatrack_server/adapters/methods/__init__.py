@@ -76,6 +76,8 @@ def describe(
     return method_of(config).describe(config, headers, base_linears, max_rank=max_rank)
 
 
-def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base_linears: Mapping[str, LinearShape]) -> Pieces:
+def compile(  # noqa: A001 - it is what this does
+    config: dict[str, Any], tensors: Mapping[str, Tensor], base_linears: Mapping[str, LinearShape]
+) -> Pieces:
     """The artifact's pieces by layer, from its tensors in float32; raises what `describe` raises."""
     return method_of(config).compile(config, tensors, base_linears)

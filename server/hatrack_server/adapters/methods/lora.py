@@ -169,7 +169,9 @@ def _why_unexpected(key: str, base_linears: Mapping[str, LinearShape]) -> str:
     return "unexpected: the configuration asks for no such tensor"
 
 
-def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base_linears: Mapping[str, LinearShape]) -> Pieces:
+def compile(  # noqa: A001 - it is what this does
+    config: dict[str, Any], tensors: Mapping[str, Tensor], base_linears: Mapping[str, LinearShape]
+) -> Pieces:
     """One low-rank piece per adapted module, the scale folded into B; see `targets` for the errors."""
     from hatrack_server.adapters.pieces import LowRank
 

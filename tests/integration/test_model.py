@@ -1,0 +1,120 @@
+"""Which bases are served and which are refused, and what the engine learns of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SHAPE, make_checkpoint, make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hatrack_server.config import EngineConfig
+from hatrack_server.engine.worker import describe_base
+from hatrack_server.errors import StartupError
+from hatrack_server.model.checkpoint import identify, resolve_checkpoint
+from hatrack_server.model.load import load_base
+from hatrack_server.model.paged import PagedModel
+
+TINY_HEADS = {"n_head": 4, "n_layer": 2, "n_embd": 64, "n_positions": 512}
+
+
+def paged(checkpoint: Path, **settings: Any) -> PagedModel:
+    return PagedModel(EngineConfig(model=checkpoint, device="cpu", **{"kv_cache_gb": 0.004, **settings}))
+
+
+def any_checkpoint(path: Path, family: str, **config: Any) -> Path:
+    torch.manual_seed(0)
+    made = AutoConfig.for_model(family, **config)
+    AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("bloom", {"vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+        ("falcon", {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
+        ("gptj", {"vocab_size": 320, "rotary_dim": 8, **TINY_HEADS}),
+        ("mamba", {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 4}),
+    ],
+)
+def test_what_would_be_served_wrongly_is_refused(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=f"{family} can't be served: "):
+        paged(any_checkpoint(tmp_path, family, **config))
+
+
+def test_a_layout_that_the_probe_finds_wrong_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hatrack_server.model import batch
+
+    causal = batch.causal_mask
+    monkeypatch.setattr(batch, "causal_mask", lambda positions, keys, window: causal(positions - 1, keys, window))
+    with pytest.raises(StartupError, match="paged attention differs"):
+        paged(tiny_llama)
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}])
+def test_positions_that_depend_on_the_batch_are_refused(rope: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="longest row"):
+        paged(make_checkpoint(tmp_path, rope_parameters=rope))
+
+
+def test_other_families_are_served(tmp_path: Path) -> None:
+    assert paged(any_checkpoint(tmp_path / "gpt2", "gpt2", vocab_size=320, **TINY_HEADS)).linears.keys() >= {
+        "transformer.h.1.mlp.c_fc"
+    }
+    neox = {key: SHAPE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    model = paged(any_checkpoint(tmp_path / "neox", "gpt_neox", num_attention_heads=4, **neox))
+    assert "gpt_neox.layers.0.attention.query_key_value" in model.linears
+
+
+def test_nf4_on_disk_is_taken_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
+    quantised = load_base(tiny_llama, quantization="nf4", dtype=torch.float32, device="cpu")
+    quantised.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    ids = torch.arange(40)
+    at_load = paged(tiny_llama, dtype="float32", packed=False).eager_logits(ids)
+    on_disk = paged(tmp_path, dtype="float32", packed=False).eager_logits(ids)
+    torch.testing.assert_close(on_disk, at_load, rtol=0, atol=1e-5)
+    with pytest.raises(StartupError, match="quantised on disk"):
+        paged(tmp_path, quantization="none")
+
+
+def test_what_the_front_process_learns(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path)
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 259]}))
+    config = EngineConfig(model=checkpoint, device="cpu", kv_cache_gb=0.004)
+    base = describe_base(config, PagedModel(config))
+    assert base.eos_token_ids == {257, 259}
+    assert (base.vocab_size, base.max_model_len) == (320, 512)
+    assert base.linears["model.layers.1.mlp.down_proj"].in_features == 128
+    assert base.identity == identify(checkpoint, "nf4")
+    # 2 layers of 4 linears 64x64, 64x32 …, 73,728 weights: half a byte each, and its scales in a packed layout or not.
+    assert 4.1 <= base.memory["NF4 weights"] * 8 / 73_728 <= 4.6
+    assert base.memory["KV cache"] == pytest.approx(0.004e9, rel=0.01)
+
+
+def test_the_identity_follows_every_file(tiny_llama: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    assert identify(tiny_llama, "nf4").weights != identify(other, "nf4").weights
+    assert identify(tiny_llama, "nf4").tokenizer == identify(other, "nf4").tokenizer
+    assert identify(tiny_llama, "nf4").quantization != identify(tiny_llama, "none").quantization
+    before = identify(other, "nf4").chat_template
+    make_tokenizer(chat_template="{{ messages }}").save_pretrained(other)
+    assert identify(other, "nf4").chat_template != before
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_an_incomplete_checkpoint_is_named(missing: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(StartupError, match="safetensors" if missing.startswith("model") else missing):
+        resolve_checkpoint(str(tmp_path))
+
+
+def test_a_path_that_does_not_exist_is_named() -> None:
+    with pytest.raises(StartupError, match="/nowhere/at/all"):
+        resolve_checkpoint("/nowhere/at/all")

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hatrack_server.adapters.apply import BatchEffects
+from hatrack_server.adapters.pieces import LowRank
+from hatrack_server.adapters.pools import Place, Pools
+from hatrack_server.adapters.slots import Slot
+from hatrack_server.types import LinearShape
+
+LINEARS = {"q": LinearShape(6, 4), "v": LinearShape(3, 4)}
+# Rank by layer of each program: several classes, two of one class, and layers that one of them lacks.
+PROGRAMS = [{"q": 4, "v": 4}, {"q": 3, "v": 9}, {"q": 16}, {"v": 4}, {"q": 4, "v": 4}, {}]
+Rows = list[tuple[int | None, int]]  # program (None: the base alone), number of tokens
+BATCHES: dict[str, Rows] = {
+    "every program": [(None, 2), *((n, 1 + n % 3) for n in range(len(PROGRAMS)))],
+    "decodes": [(n % len(PROGRAMS), 1) for n in range(13)],
+    "neighbours": [(0, 2), (0, 3), (4, 5), (1, 1)],
+    "apart": [(0, 2), (None, 1), (0, 2)],
+    "base alone": [(None, 3), (None, 1)],
+}
+
+
+class Programs:
+    """PROGRAMS with random pieces in pools, as a loading thread would have put them there."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        pools = Pools(LINEARS, torch.float32, torch.device("cpu"), budget=1 << 20)
+        self.pieces: list[dict[str, LowRank]] = []
+        self.slots: list[Slot] = []
+        for number, ranks in enumerate(PROGRAMS):
+            pieces = {
+                layer: LowRank(
+                    torch.randn(rank, LINEARS[layer].in_features, generator=generator),
+                    torch.randn(rank, LINEARS[layer].out_features, generator=generator),
+                )
+                for layer, rank in ranks.items()
+            }
+            places = {}
+            for layer, piece in pieces.items():
+                pool = pools.of(layer, piece.rank)
+                pools.grow([pool])
+                places[layer] = Place(pool, pool.take())
+                pool.write(places[layer].row, piece)
+            self.pieces.append(pieces)
+            self.slots.append(Slot(number, places))
+
+    def rows(self, rows: Rows) -> list[tuple[Slot | None, int]]:
+        return [(None if n is None else self.slots[n], count) for n, count in rows]
+
+    def reference(self, layer: str, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
+        """Each row's own product, from its program's pieces."""
+        y, start = y.clone(), 0
+        for program, count in rows:
+            tokens = slice(start, start + count)
+            if program is not None and layer in self.pieces[program]:
+                piece = self.pieces[program][layer]
+                y[tokens] += x[tokens] @ piece.a.mT @ piece.b
+            start += count
+        return y
+
+
+@pytest.fixture
+def programs() -> Programs:
+    return Programs()
+
+
+def inputs(layer: str, rows: Rows) -> tuple[Tensor, Tensor]:
+    tokens, shape = sum(count for _, count in rows), LINEARS[layer]
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randn(tokens, shape.out_features, generator=generator)
+    return y, torch.randn(tokens, shape.in_features, generator=generator)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("layer", LINEARS)
+def test_each_row_meets_its_own_program(programs: Programs, batch: str, layer: str) -> None:
+    rows = BATCHES[batch]
+    y, x = inputs(layer, rows)
+    wanted = programs.reference(layer, rows, y, x)
+    effects = BatchEffects().build(programs.rows(rows))
+    if layer in effects:
+        effects[layer](y, x)
+    torch.testing.assert_close(y, wanted)
+
+
+def test_layers_that_no_row_adapts_have_no_effect(programs: Programs) -> None:
+    effects = BatchEffects()
+    assert effects.build(programs.rows([(None, 4)])) == {}
+    assert effects.build(programs.rows([(5, 4)])) == {}
+    assert set(effects.build(programs.rows([(2, 1), (None, 1)]))) == {"q"}
+
+
+def test_an_equal_batch_reuses_the_effects_and_any_other_builds_them_anew(programs: Programs) -> None:
+    effects = BatchEffects()
+    rows: Rows = [(0, 1), (1, 1), (None, 1)]
+    first = effects.build(programs.rows(rows))
+    assert effects.build(programs.rows(rows)) is first
+    for other in ([(1, 1), (0, 1), (None, 1)], [(0, 1), (1, 2), (None, 1)], [(0, 1), (1, 1)]):
+        assert effects.build(programs.rows(other)) is not first
+        effects.build(programs.rows(rows))
+
+
+def test_a_program_loaded_again_elsewhere_is_another(programs: Programs) -> None:
+    effects = BatchEffects()
+    old = programs.slots[0]
+    first = effects.build([(old, 1)])
+    assert effects.build([(Slot(old.number, dict(old.places)), 1)]) is not first
+
+
+def test_a_callers_list_may_change_afterwards(programs: Programs) -> None:
+    effects = BatchEffects()
+    rows = programs.rows([(0, 1)])
+    first = effects.build(rows)
+    rows.append((programs.slots[1], 1))
+    assert effects.build(rows) is not first
+
+
+def test_a_bad_program_touches_its_own_rows_only(programs: Programs) -> None:
+    rows: Rows = [(0, 1), (4, 1), (None, 1), (1, 1)]
+    y, x = inputs("q", rows)
+    wanted = programs.reference("q", rows, y, x)
+    bad = programs.slots[4].places["q"]
+    bad.pool.a[bad.row] = math.nan
+    BatchEffects().build(programs.rows(rows))["q"](y, x)
+    assert y[1].isnan().all()
+    torch.testing.assert_close(y[[0, 2, 3]], wanted[[0, 2, 3]])

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hatrack_server.adapters.pieces import LowRank
+from hatrack_server.adapters.pools import LowRankPool, Pools, rank_class
+from hatrack_server.types import LinearShape
+
+SHAPE = LinearShape(out_features=5, in_features=3)
+CPU = torch.device("cpu")
+BYTES_OF_RANK = SHAPE.out_features + SHAPE.in_features  # values; float32 below
+
+
+def piece(rank: int, value: float) -> LowRank:
+    return LowRank(torch.full((rank, 3), value), torch.full((rank, 5), -value))
+
+
+@pytest.fixture
+def pool() -> LowRankPool:
+    return LowRankPool(SHAPE, 4, torch.float32, CPU)
+
+
+def pools(budget: int) -> Pools:
+    return Pools({"up": SHAPE, "down": LinearShape(3, 5)}, torch.float32, CPU, budget)
+
+
+def test_ranks_are_classed_by_powers_of_two() -> None:
+    assert [rank_class(rank) for rank in (1, 2, 3, 4, 5, 8, 9, 64, 65)] == [1, 2, 4, 4, 8, 8, 16, 64, 128]
+
+
+def test_the_lowest_free_row_is_taken_first(pool: LowRankPool) -> None:
+    assert pool.full
+    pool.grow(4)
+    assert [pool.take() for _ in range(4)] == [0, 1, 2, 3]
+    assert pool.full
+    for row in (2, 0, 3):
+        pool.free(row)
+    assert [pool.take() for _ in range(3)] == [0, 2, 3]
+
+
+def test_growing_keeps_what_is_there_and_what_readers_hold(pool: LowRankPool) -> None:
+    pool.grow(2)
+    row = pool.take()
+    pool.write(row, piece(4, 7.0))
+    held = pool.a
+    pool.grow(3)
+    assert pool.capacity == 5
+    assert pool.take() == 1
+    assert (pool.a[row] == 7.0).all()
+    assert (pool.b[row] == -7.0).all()
+    assert (held[row] == 7.0).all()
+
+
+def test_a_lower_rank_is_padded_with_zeros_over_whatever_was_there(pool: LowRankPool) -> None:
+    pool.grow(1)
+    row = pool.take()
+    pool.write(row, piece(4, float("nan")))
+    pool.write(row, piece(3, 2.0))
+    assert (pool.a[row, :3] == 2.0).all()
+    assert (pool.b[row, :3] == -2.0).all()
+    assert (pool.a[row, 3:] == 0).all()
+    assert (pool.b[row, 3:] == 0).all()
+
+
+def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: LowRankPool) -> None:
+    assert not pool.trim()
+    pool.grow(5)
+    rows = [pool.take() for _ in range(3)]
+    for row in rows:
+        pool.write(row, piece(4, float(row)))
+    pool.free(1)
+    assert pool.trim()
+    assert pool.capacity == 3
+    assert (pool.a[2] == 2.0).all()
+    assert not pool.trim()
+    assert pool.take() == 1
+    assert pool.full
+    for row in rows:
+        pool.free(row)
+    assert pool.trim()
+    assert (pool.capacity, pool.full) == (0, True)
+    pool.grow(1)
+    assert pool.take() == 0
+
+
+def test_ranks_of_one_class_share_a_pool() -> None:
+    all_pools = pools(budget=10_000)
+    assert all_pools.of("up", 5) is all_pools.of("up", 8)
+    assert all_pools.of("up", 4) is not all_pools.of("up", 8)
+    assert all_pools.of("down", 8) is not all_pools.of("up", 8)
+
+
+def test_bytes_are_those_of_the_stacks() -> None:
+    all_pools = pools(budget=100_000)
+    chosen = [all_pools.of("up", 8), all_pools.of("down", 3)]
+    all_pools.grow(chosen)
+    assert all_pools.bytes == sum(pool.a.nbytes + pool.b.nbytes for pool in chosen)
+    assert all_pools.bytes == sum(pool.capacity * pool.row_bytes for pool in chosen)
+
+
+def test_growing_is_generous_within_the_budget_and_exact_at_its_end() -> None:
+    row = 8 * BYTES_OF_RANK * 4
+    all_pools = pools(budget=7 * row)
+    pool = all_pools.of("up", 8)
+    sizes = []
+    while all_pools.fits([pool]):
+        all_pools.grow([pool])
+        pool.take()
+        sizes.append(pool.capacity)
+        assert all_pools.bytes <= all_pools.budget
+    assert sizes == [1, 2, 4, 4, 7, 7, 7]
+
+
+def test_a_free_row_fits_whatever_the_budget() -> None:
+    row = 8 * BYTES_OF_RANK * 4
+    all_pools = pools(budget=row)
+    up, down = all_pools.of("up", 8), all_pools.of("down", 8)
+    all_pools.grow([up])
+    assert all_pools.fits([up])
+    assert not all_pools.fits([up, down])
+    taken = up.take()
+    assert not all_pools.fits([up])
+    assert not all_pools.trim()
+    up.free(taken)
+    assert all_pools.trim()
+    assert all_pools.bytes == 0
+    assert all_pools.fits([down])

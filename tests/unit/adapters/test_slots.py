@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hatrack_server.adapters.pieces import LowRank, Pieces
+from hatrack_server.adapters.pools import Pools
+from hatrack_server.adapters.slots import Load, ProgramSlots
+from hatrack_server.errors import InvalidArtifact
+from hatrack_server.types import Artifact, LinearShape
+
+LAYERS = {"up": LinearShape(6, 2), "down": LinearShape(2, 6)}
+ROW_BYTES = 2 * 8 * 4  # of one program of rank 1: two layers, 8 float32 each
+PATIENCE_SECONDS = 10.0
+NOT_NOW_SECONDS = 0.1
+
+
+def artifact(digest: str) -> Artifact:
+    return Artifact(digest, Path(digest))
+
+
+class Rack:
+    """Slots for `capacity` programs of rank 1, whose digests say what they are: `r2-anything` has rank 2."""
+
+    def __init__(self, capacity: int) -> None:
+        self.compiled: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.ended: queue.SimpleQueue[Load] = queue.SimpleQueue()
+        self.budget = capacity * ROW_BYTES
+        self.pools = Pools(LAYERS, torch.float32, torch.device("cpu"), self.budget)
+        self.slots = ProgramSlots(self.pools, self._compile, self.ended.put)
+
+    def request(self, *digests: str) -> None:
+        for digest in digests:
+            self.slots.request(artifact(digest))
+
+    def loaded(self) -> Load:
+        """The next load that ends."""
+        load = self.ended.get(timeout=PATIENCE_SECONDS)
+        assert self.pools.bytes <= self.budget
+        return load
+
+    def load(self, *digests: str) -> None:
+        """Loads programs one after the other."""
+        for digest in digests:
+            self.request(digest)
+            load = self.loaded()
+            assert (load.digest, load.error) == (digest, None)
+
+    def waits(self) -> bool:
+        """Whether no load ends for a while."""
+        try:
+            self.ended.get(timeout=NOT_NOW_SECONDS)
+        except queue.Empty:
+            return True
+        return False
+
+    def resident(self, *digests: str) -> list[str]:
+        """Those that can be pinned; changes their order of use."""
+        found = [digest for digest in digests if self.slots.acquire(digest)]
+        for digest in found:
+            self.slots.release(digest)
+        return found
+
+    def content(self, digest: str) -> set[float]:
+        """The values that lie in the places of a pinned program."""
+        places = self.slots[digest].places.values()
+        return {value for place in places for value in place.pool.a[place.row].unique().tolist()}
+
+    def _compile(self, wanted: Artifact) -> Pieces:
+        assert self.gate.wait(PATIENCE_SECONDS)
+        self.compiled.append(wanted.digest)
+        kind, _, _ = wanted.digest.partition("-")
+        match kind:
+            case "refused":
+                raise InvalidArtifact("adapter_model.safetensors", "its tensors are wrong")
+            case "broken":
+                raise OSError("/secret/path")
+            case "misshapen":
+                good = self._pieces(1, 1.0)
+                return {**good, "down": LowRank(good["down"].a, torch.zeros(1, 3))}
+            case "lost":
+                return {"no such layer": self._pieces(1, 1.0)["up"]}
+            case "empty":
+                return {}
+        rank = int(kind[1:]) if kind[0] == "r" and kind[1:].isdigit() else 1
+        return self._pieces(rank, float(len(self.compiled)))
+
+    def _pieces(self, rank: int, value: float) -> dict[str, LowRank]:
+        return {
+            layer: LowRank(torch.full((rank, s.in_features), value), torch.full((rank, s.out_features), value))
+            for layer, s in LAYERS.items()
+        }
+
+
+@pytest.fixture
+def rack() -> Iterator[Callable[[int], Rack]]:
+    made: list[Rack] = []
+
+    def make(capacity: int) -> Rack:
+        made.append(Rack(capacity))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.gate.set()
+        one.slots.close()
+
+
+def test_a_program_is_resident_when_its_load_has_ended(rack: Callable[[int], Rack]) -> None:
+    r = rack(4)
+    r.gate.clear()
+    r.request("x")
+    assert not r.slots.acquire("x")
+    r.gate.set()
+    assert r.loaded().error is None
+    assert r.slots.acquire("x")
+    assert r.content("x") == {1.0}
+    assert (len(r.slots), r.slots.bytes) == (1, r.pools.bytes)
+
+
+def test_many_requests_of_one_digest_load_once(rack: Callable[[int], Rack]) -> None:
+    r = rack(4)
+    r.gate.clear()
+    threads = [threading.Thread(target=r.request, args=("x", "y")) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_SECONDS)
+    r.gate.set()
+    assert {r.loaded().digest, r.loaded().digest} == {"x", "y"}
+    r.load("z")  # nothing else was queued before it
+    assert sorted(r.compiled) == ["x", "y", "z"]
+    r.request("x")  # resident
+    r.load("w")
+    assert r.compiled.count("x") == 1
+
+
+def test_programs_loaded_in_a_row_are_neighbours(rack: Callable[[int], Rack]) -> None:
+    r = rack(8)
+    r.load("a", "b", "c")
+    for digest in "abc":
+        assert r.slots.acquire(digest)
+    assert [r.slots[d].number for d in "abc"] == [0, 1, 2]
+    assert [r.slots[d].places["up"].row for d in "abc"] == [0, 1, 2]
+
+
+def test_the_least_recently_used_goes_first(rack: Callable[[int], Rack]) -> None:
+    r = rack(3)
+    r.load("a", "b", "c")
+    assert r.resident("a") == ["a"]
+    r.load("d")
+    assert r.slots.evictions == 1
+    assert r.resident("a", "b", "c", "d") == ["a", "c", "d"]
+
+
+def test_an_evicted_program_can_be_loaded_again(rack: Callable[[int], Rack]) -> None:
+    r = rack(1)
+    r.load("a", "b", "a")
+    assert r.compiled == ["a", "b", "a"]
+    assert r.slots.acquire("a")
+    assert r.content("a") == {3.0}
+
+
+def test_a_pinned_program_is_never_evicted_nor_overwritten(rack: Callable[[int], Rack]) -> None:
+    r = rack(2)
+    r.load("a", "b")
+    assert r.slots.acquire("a")
+    r.load(*"cdef")
+    assert r.content("a") == {1.0}
+    assert r.resident("b", "c", "d", "e", "f") == ["f"]
+
+
+def test_a_load_waits_while_all_is_pinned_and_goes_on_at_a_release(rack: Callable[[int], Rack]) -> None:
+    r = rack(2)
+    r.load("a", "b")
+    for digest in ("a", "b", "b"):
+        assert r.slots.acquire(digest)
+    r.request("c")
+    assert r.waits()
+    r.slots.release("b")
+    assert r.waits()
+    r.slots.release("b")
+    assert r.loaded().digest == "c"
+    assert r.content("a") == {1.0}
+    assert not r.slots.acquire("b")
+
+
+def test_busy_programs_cannot_keep_others_out_for_good(rack: Callable[[int], Rack]) -> None:
+    r = rack(2)
+    r.load("a", "b")
+    assert r.slots.acquire("a")
+    assert r.slots.acquire("b")
+    r.request("c")
+    assert r.waits()
+    # New sequences come before the old ones end; the least recently used program takes none.
+    assert not r.slots.acquire("a")
+    assert r.slots.acquire("b")
+    r.request("a")  # as the scheduler does: nothing to load while its old program is there
+    r.slots.release("a")
+    assert r.loaded().digest == "c"
+    assert r.slots.evictions == 1
+    assert r.slots.acquire("c")
+    r.request("a")
+    assert r.waits()
+    assert not r.slots.acquire("b")  # its turn
+    r.slots.release("b")
+    assert r.waits()
+    r.slots.release("b")
+    assert r.loaded().digest == "a"
+    assert r.slots.acquire("a")
+
+
+def test_a_program_beyond_the_whole_budget_is_refused_in_a_sentence(rack: Callable[[int], Rack]) -> None:
+    r = rack(2)
+    r.load("a", "b")
+    r.request("r4-huge")
+    error = r.loaded().error
+    assert error == (
+        f"its adapter can't be loaded: it takes {4 * ROW_BYTES} bytes, the server's adapter memory holds {r.budget}"
+    )
+    assert r.resident("a", "b") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("digest", "error"),
+    [
+        ("refused-1", "its adapter can't be loaded: its tensors are wrong"),
+        ("broken-1", "its adapter can't be loaded"),
+        ("misshapen-1", "its adapter can't be loaded"),
+        ("lost-1", "its adapter can't be loaded"),
+    ],
+)
+def test_a_failed_load_says_so_and_leaks_nothing(rack: Callable[[int], Rack], digest: str, error: str) -> None:
+    r = rack(2)
+    for _ in range(3):
+        r.request(digest)
+        load = r.loaded()
+        assert (load.digest, load.error) == (digest, error)
+        assert not r.slots.acquire(digest)
+    r.load("a", "b")
+    assert r.resident("a", "b") == ["a", "b"]
+    assert r.slots.evictions == 0
+
+
+def test_a_program_without_pieces_is_resident_too(rack: Callable[[int], Rack]) -> None:
+    r = rack(1)
+    r.load("a", "empty-1")
+    assert r.resident("a", "empty-1") == ["a", "empty-1"]
+
+
+def test_forgetting_frees_at_once_or_at_the_last_release(rack: Callable[[int], Rack]) -> None:
+    r = rack(2)
+    r.load("a", "b")
+    r.slots.forget("never seen")
+    r.slots.forget("a")
+    assert not r.slots.acquire("a")
+    assert r.slots.acquire("b")
+    assert r.slots.acquire("b")
+    r.slots.forget("b")
+    r.slots.release("b")
+    assert r.content("b") == {2.0}
+    r.slots.release("b")
+    assert len(r.slots) == 0
+    r.load("c", "d")
+    assert r.slots.evictions == 0
+
+
+def test_a_waiting_load_takes_the_room_of_a_forgotten_program(rack: Callable[[int], Rack]) -> None:
+    r = rack(1)
+    r.load("a")
+    assert r.slots.acquire("a")
+    r.request("b")
+    assert r.waits()
+    r.slots.forget("a")
+    r.slots.release("a")
+    assert r.loaded().digest == "b"
+
+
+def test_rows_left_free_are_given_back_before_programs_are_evicted(rack: Callable[[int], Rack]) -> None:
+    r = rack(6)
+    r.load("a", "b", "c")  # grows to four rows
+    assert r.pools.bytes == 4 * ROW_BYTES
+    r.load("r2-x")
+    r.load("d")  # the fourth row was still there
+    assert r.slots.evictions == 0
+    r.slots.forget("d")
+    r.load("r2-y")
+    assert r.slots.evictions == 1  # 3 + 2 + 2 > 6: one of rank 1 had to go, not all of them
+    assert r.resident("a", "b", "c", "r2-x", "r2-y") == ["b", "c", "r2-x", "r2-y"]
+
+
+def test_another_rank_class_gets_room_though_one_is_spread_over_the_budget(rack: Callable[[int], Rack]) -> None:
+    r = rack(4)
+    r.load(*"abcd")
+    assert r.slots.acquire("d")  # the last row: its pool can't be trimmed before it goes
+    r.request("r2-x")
+    assert r.waits()
+    assert not r.slots.acquire("d")
+    r.slots.release("d")
+    assert r.loaded().digest == "r2-x"
+    r.load("r4-y")
+    r.load(*"efgh")
+    assert r.resident(*"efgh") == list("efgh")
+
+
+def test_all_of_many_mixed_programs_are_served_while_others_are_pinned(rack: Callable[[int], Rack]) -> None:
+    r = rack(5)
+    digests = [f"r{1 + n % 4}-{n}" for n in range(24)]
+    r.request(*digests)
+    pinned: list[str] = []
+    for _ in digests:
+        load = r.ended.get(timeout=NOT_NOW_SECONDS) if not pinned else _next(r, pinned)
+        assert load.error is None
+        if r.slots.acquire(load.digest):
+            pinned.append(load.digest)
+    assert r.compiled == digests
+
+
+def _next(r: Rack, pinned: list[str]) -> Load:
+    """The next load; releases the oldest pin whenever it waits."""
+    while True:
+        try:
+            return r.ended.get(timeout=NOT_NOW_SECONDS)
+        except queue.Empty:
+            r.slots.release(pinned.pop(0))
+
+
+def test_closing_ends_a_load_that_waits(rack: Callable[[int], Rack]) -> None:
+    r = rack(1)
+    r.load("a")
+    assert r.slots.acquire("a")
+    r.request("b")
+    assert r.waits()
+    closing = threading.Thread(target=r.slots.close, daemon=True)
+    closing.start()
+    closing.join(PATIENCE_SECONDS)
+    assert not closing.is_alive()
+    assert r.content("a") == {1.0}
+
+
+def test_bytes_can_be_asked_for_while_new_pools_are_made(rack: Callable[[int], Rack]) -> None:
+    r = rack(400)
+    digests = [f"r{1 << n}-{n}" for n in range(7)]
+    r.request(*digests)
+    while r.ended.qsize() < len(digests):
+        assert 0 <= r.slots.bytes <= r.budget
