@@ -23,7 +23,7 @@ def make_adapter(base: PreTrainedModel, path: Path, *, seed: int, **config: Any)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * NOISE
-    model.save_pretrained(path)
+    model.save_pretrained(path, save_embedding_layers=False)
     _take_off(model)
     return path
 

@@ -27,7 +27,9 @@ class LayerEffect:
 class BatchEffects:
     """Builds the effects of each step, and keeps the last ones: batches of decodes repeat."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: str | None = None) -> None:
+        """`head` is the layer that sees only each row's last token."""
+        self._head = head
         self._rows: list[tuple[Slot | None, int]] = []
         self._effects: dict[str, LayerEffect] = {}
 
@@ -36,6 +38,9 @@ class BatchEffects:
         if list(rows) != self._rows:
             self._rows = list(rows)
             self._effects = _effects(_segments(rows))
+            if self._head in self._effects:
+                last_tokens = [(slot, 1) for slot, _ in rows]
+                self._effects[self._head] = _effects(_segments(last_tokens))[self._head]
         return self._effects
 
 

@@ -27,8 +27,9 @@ class Place:
 class LowRankPool:
     """Rows of low-rank pieces of one layer and one rank class.
 
-    Threads: `take`, `free` and `trim` under the owner's lock; all but `free` by the one loading thread. A step may read
-    meanwhile: growing and trimming put new stacks in place of the old ones, and the rows in use are alike in both.
+    Threads: `take`, `free`, `lower` and `trim` under the owner's lock; all but `free` by the one loading thread. A step
+    may read meanwhile: growing and trimming put new stacks in place of the old ones, and the rows in use are alike in
+    both.
     """
 
     def __init__(self, shape: LinearShape, rank: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -44,6 +45,11 @@ class LowRankPool:
         return self.a.shape[0]
 
     @property
+    def taken(self) -> int:
+        """Rows taken."""
+        return self.capacity - len(self._free)
+
+    @property
     def full(self) -> bool:
         """Whether it must grow before another row can be taken."""
         return not self._free
@@ -55,6 +61,14 @@ class LowRankPool:
         self.a, self.b = (torch.cat([s, s.new_zeros(rows, *s.shape[1:])]) for s in (self.a, self.b))
         for row in added:
             heapq.heappush(self._free, row)  # one by one: `free` may push from another thread in between
+
+    def lower(self, row: int) -> int:
+        """Moves a taken row that nobody reads to the lowest free one if that is lower; where it is now."""
+        if self.full or self._free[0] > row:
+            return row
+        lowest = heapq.heapreplace(self._free, row)
+        self.a[lowest], self.b[lowest] = self.a[row], self.b[row]
+        return lowest
 
     def trim(self) -> bool:
         """Gives the memory of the free rows behind the last taken one back; False when there are none."""
@@ -108,6 +122,11 @@ class Pools:
         """Whether one more row in each of `pools` stays within the budget."""
         return self.bytes + sum(pool.row_bytes for pool in pools if pool.full) <= self.budget
 
+    def would_fit(self, pools: list[LowRankPool]) -> bool:
+        """Whether one more row in each of `pools` would, if no row were free."""
+        taken = sum(pool.taken * pool.row_bytes for pool in self._pools.values())
+        return taken + sum(pool.row_bytes for pool in pools) <= self.budget
+
     def grow(self, pools: list[LowRankPool]) -> None:
         """Makes a free row in each of `pools` that is full: half as many again where the budget allows, else one.
 
@@ -119,5 +138,5 @@ class Pools:
             pool.grow(1 + pool.capacity // 2 if generous else 1)
 
     def trim(self) -> bool:
-        """Gives the memory of free rows back where that moves no row in use; False when there are none such."""
-        return any([pool.trim() for pool in self._pools.values()])
+        """Gives the memory of every pool's free rows behind its last taken one back; False when there are none."""
+        return sum(pool.trim() for pool in self._pools.values()) > 0  # every one, not up to the first

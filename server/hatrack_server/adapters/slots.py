@@ -161,7 +161,7 @@ class ProgramSlots:
             self._loaded += 1
 
     def _make_room(self, pools: list[LowRankPool]) -> None:
-        """Waits until one more row in each of `pools` fits: idle rows go first, then idle programs, oldest first.
+        """Waits until one more row in each of `pools` fits: free rows go first, then idle programs, oldest first.
 
         While every program is pinned the oldest may not be pinned again, or busy ones would keep the others out for
         good.
@@ -173,9 +173,20 @@ class ProgramSlots:
             while not self._pools.fits(pools):
                 if self._closed:
                     raise Unavailable("the engine stops")
-                if not (self._pools.trim() or self._evict_oldest()):
+                if self._pools.would_fit(pools) and self._compact():
+                    continue
+                if not self._evict_oldest():
                     self._doom_oldest()
                     self._changed.wait()
+
+    def _compact(self) -> bool:
+        """Gives the memory of free rows back, where no pinned program lies behind them; False if that gave nothing."""
+        for digest, slot in self._resident.items():
+            if slot.pins == 0:
+                # A new slot, because a step's effects may be kept for the old one.
+                places = {layer: Place(place.pool, place.pool.lower(place.row)) for layer, place in slot.places.items()}
+                self._resident[digest] = Slot(slot.number, places)
+        return self._pools.trim()
 
     def _evict_oldest(self) -> bool:
         for digest, slot in self._resident.items():

@@ -33,7 +33,7 @@ class Engine:
         self._cached_tokens = 0
         self._completion_tokens = 0
         self._last_adapters = 0  # distinct adapters of the last step
-        self._effects = BatchEffects()
+        self._effects = BatchEffects(model.head)
         self._sequences: dict[int, Sequence] = {}
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from bitsandbytes.nn import Params4bit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from hatrack_server.config import EngineConfig
@@ -23,7 +23,8 @@ DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 class PagedModel:
     """A causal LM that computes ragged batches over a paged KV pool.
 
-    linears: the layers that adapters may target; kv_slots: tokens that the pool holds, its zero block included.
+    linears: the layers that adapters may target. head: the one of them that sees each chunk's last token only.
+    kv_slots: tokens that the pool holds, its zero block included.
     """
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] = lambda *_: None) -> None:
@@ -41,6 +42,7 @@ class PagedModel:
         self.config: PretrainedConfig = self._model.config.get_text_config()
         self.dtype: torch.dtype = self._model.dtype
         self.block_size = config.block_size
+        self.head = _name_of(self._model.get_output_embeddings(), self._model)
         self._effects = Effects()
         self.linears = wrap_linears(self._model, self._effects, packed=config.packed)
         progress("allocating the KV cache", 0.6)
@@ -131,6 +133,10 @@ class PagedModel:
         finally:
             self._model.set_attn_implementation(PAGED)
         return out.logits[0].float()
+
+
+def _name_of(wanted: nn.Module, model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def scale_bytes(weight: Params4bit) -> int:

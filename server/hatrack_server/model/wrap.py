@@ -50,14 +50,8 @@ class AdaptedLinear(nn.Module):
 
 
 def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> dict[str, LinearShape]:
-    """Replaces every linear layer of the decoder in place; returns those that adapters may target, by name.
-
-    The output head stays as it is: it runs on each sequence's last token only.
-    """
-    head = model.get_output_embeddings()
-    linears = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
-    }
+    """Replaces every linear layer in place; returns them all, by name: adapters may target each."""
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in linears.items():
         choose_layout(layer, packed=packed)
         parent, _, child = name.rpartition(".")

@@ -63,6 +63,19 @@ def test_a_lower_rank_is_padded_with_zeros_over_whatever_was_there(pool: LowRank
     assert (pool.b[row, 3:] == 0).all()
 
 
+def test_a_row_moves_to_the_lowest_free_one_with_its_content(pool: LowRankPool) -> None:
+    pool.grow(4)
+    for row in range(3):
+        pool.write(pool.take(), piece(4, float(row)))
+    assert pool.lower(1) == 1  # the one free row lies behind it
+    pool.free(0)
+    assert pool.lower(2) == 0
+    assert (pool.a[0] == 2.0).all()
+    assert (pool.b[0] == -2.0).all()
+    assert (pool.taken, pool.take(), pool.take()) == (2, 2, 3)
+    assert pool.lower(1) == 1
+
+
 def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: LowRankPool) -> None:
     assert not pool.trim()
     pool.grow(5)
@@ -121,8 +134,11 @@ def test_a_free_row_fits_whatever_the_budget() -> None:
     assert not all_pools.fits([up, down])
     taken = up.take()
     assert not all_pools.fits([up])
+    assert not all_pools.would_fit([down])
     assert not all_pools.trim()
     up.free(taken)
+    assert not all_pools.fits([down])
+    assert all_pools.would_fit([down])
     assert all_pools.trim()
     assert all_pools.bytes == 0
     assert all_pools.fits([down])

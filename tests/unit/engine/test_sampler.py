@@ -98,7 +98,8 @@ def test_a_row_draws_alike_alone_and_in_any_batch() -> None:
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist()
     mixed = sample(rows[order], [draws[row] for row in order])
     for row, other in zip(order, mixed, strict=True):
-        assert (own := alone[row]) is not None
+        own = alone[row]
+        assert own is not None
         assert other is not None
         assert other.token == own.token
 
@@ -176,7 +177,8 @@ def test_logprobs_are_the_models_own() -> None:
     wanted = rows.double().log_softmax(-1)
     found = sample(rows, draws)
     for row, count in enumerate((3, VOCAB, 0)):
-        assert (d := found[row]) is not None
+        d = found[row]
+        assert d is not None
         assert d.logprobs is not None
         assert d.logprobs.chosen == pytest.approx(wanted[row, d.token].item(), abs=1e-5)
         ids = [token for token, _ in d.logprobs.top]
