@@ -113,17 +113,19 @@ class Scheduler:
         counts: dict[Sequence, int] = {}
         for sequence in sorted(self.running, key=lambda s: s.remaining > 1):  # stable: decodes first, then by age
             count = min(sequence.remaining, budget)
-            if count and sequence in self.running and self._make_room(sequence, count, counts):
+            if count and sequence in self.running and self._make_room(sequence, count):
                 counts[sequence] = count
                 budget -= count
         return [Work(sequence, count) for sequence, count in counts.items()]
 
-    def _make_room(self, sequence: Sequence, count: int, counts: dict[Sequence, int]) -> bool:
-        """Grows the sequence's blocks, preempting the youngest until it fits; False if that was itself."""
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Grows the sequence's blocks, preempting the youngest until it fits; False if that was itself.
+
+        Only decodes grow, the older ones first: a victim never has work in this step already.
+        """
         tokens = sequence.computed + count
         while not self.blocks.can_grow(sequence, tokens):
             victim = self.running[-1]
-            counts.pop(victim, None)
             self._preempt(victim)
             if victim is sequence:
                 return False

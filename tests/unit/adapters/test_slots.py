@@ -220,6 +220,19 @@ def test_busy_programs_cannot_keep_others_out_for_good(rack: Callable[[int], Rac
     assert r.slots.acquire("a")
 
 
+def test_no_program_is_held_back_while_a_forgotten_one_makes_room(rack: Callable[[int], Rack]) -> None:
+    r = rack(2)
+    r.load("a", "b")
+    assert r.slots.acquire("a")
+    assert r.slots.acquire("b")
+    r.slots.forget("b")
+    r.request("c")
+    assert r.waits()
+    assert r.slots.acquire("a")
+    r.slots.release("b")
+    assert r.loaded().digest == "c"
+
+
 def test_a_program_beyond_the_whole_budget_is_refused_in_a_sentence(rack: Callable[[int], Rack]) -> None:
     r = rack(2)
     r.load("a", "b")

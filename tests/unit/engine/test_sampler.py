@@ -88,6 +88,12 @@ def test_narrowest_sampling_is_greedy(sampling: dict[str, Any]) -> None:
     assert tokens == rows.argmax(-1).tolist()
 
 
+def test_top_p_keeps_no_more_than_it_needs() -> None:
+    even = torch.zeros(4)  # a quarter each, exactly
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.51, 3), (1.0, 4)):
+        assert len(set(drawn(even, [draw(p, top_p=top_p) for p in range(100)]))) == kept
+
+
 def test_a_row_draws_alike_alone_and_in_any_batch() -> None:
     rows = logits(16)
     draws = [

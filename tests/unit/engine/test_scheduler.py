@@ -74,6 +74,7 @@ def test_a_long_prompt_comes_in_chunks_beside_decodes_which_come_first(new_seque
     step(s)
     s.add(long)
     assert step(s) == [(old, 1), (long, 9)]
+    assert len(long.blocks) == 5  # of all 17 tokens: nobody can take them in between
     s.add(young)
     assert step(s) == [(old, 1), (long, 8), (young, 1)]
     assert step(s) == [(old, 1), (long, 1), (young, 2)]
