@@ -48,7 +48,7 @@ class InProcess:
         while not self.loads.empty():
             load = self.loads.get()
             if load.error:
-                deltas += self.engine.load_failed(load.digest, load.error)
+                deltas += self.engine.load_failed(load.artifact, load.error)
         return deltas + self.engine.step()
 
     def run(self) -> dict[int, list[Delta]]:

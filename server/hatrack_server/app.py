@@ -37,6 +37,7 @@ class Addresses:
 
     host: str
     port: int
+    metrics_host: str
     metrics_port: int
 
 
@@ -51,7 +52,7 @@ async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) 
     async with AsyncExitStack() as stack:
         stopped = stack.enter_context(_stop_on_signals())
         metrics = Metrics()
-        endpoint = stack.enter_context(closing(MetricsEndpoint(metrics, config.host, config.metrics_port)))
+        endpoint = stack.enter_context(closing(MetricsEndpoint(metrics, config.metrics_host, config.metrics_port)))
         keys = stack.enter_context(closing(KeyStore(config.data_dir)))
         if not config.loopback and not keys.any_keys():
             raise StartupError(f"host {config.host} is not loopback and there is no key: make one with hatrack keys")
@@ -67,7 +68,7 @@ async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) 
         log.info("base loaded", architecture=base.architecture, device=base.device, memory=base.memory)
         api = ApiServer(config, engine=engine, catalog=catalog, keys=keys, codec=codec, metrics=metrics)
         port = await api.start()
-        announce(Addresses(config.host, port, endpoint.port))
+        announce(Addresses(config.host, port, config.metrics_host, endpoint.port))
         await stopped.wait()
         log.info("draining", seconds=config.drain_seconds)
         left = await api.stop(config.drain_seconds)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from hatrack_server.config import ServerConfig
+    from hatrack_server.tenancy.keys import KeyStore
 
 # What runs the server is imported when it runs: `hatrack --help` loads this module too.
 
@@ -23,6 +26,9 @@ def serve(
     host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes a free one.", show_default="50051")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="0 takes a free one.", show_default="9464")] = None,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Without TLS or key: loopback unless you know better.", show_default="127.0.0.1")
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Where adapters and keys are kept.", show_default="hatrack-data")
     ] = None,
@@ -47,16 +53,13 @@ def serve(
     given = {key: value for key, value in locals().items() if key != "config" and value is not None}
     from hatrack_server.app import Addresses
     from hatrack_server.app import serve as run
-    from hatrack_server.errors import StartupError
 
     def announce(at: Addresses) -> None:
-        host = f"[{at.host}]" if ":" in at.host else at.host
-        typer.echo(f"hatrack: serving on {host}:{at.port}, metrics on http://{host}:{at.metrics_port}/metrics")
+        calls, metrics = _authority(at.host, at.port), _authority(at.metrics_host, at.metrics_port)
+        typer.echo(f"hatrack: serving on {calls}, metrics on http://{metrics}/metrics")
 
-    try:
+    with _one_sentence():
         asyncio.run(run(configure(given, config), announce=announce))
-    except StartupError as error:
-        _fail(error.message)
 
 
 keys = typer.Typer(help="Make, list and revoke the keys of a server, beside its data.", no_args_is_help=True)
@@ -65,34 +68,46 @@ keys = typer.Typer(help="Make, list and revoke the keys of a server, beside its 
 @keys.command("create")
 def create_key(tenant: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Make a key for TENANT and print it: it can't be shown again."""
-    from hatrack_server.errors import InvalidRequest
-    from hatrack_server.tenancy.keys import KeyStore
-
-    try:
-        typer.echo(KeyStore(data_dir).create_key(tenant))
-    except InvalidRequest as error:
-        _fail(f"{error.field}: {error.message}")
+    with _one_sentence():
+        typer.echo(_key_store(data_dir).create_key(tenant))
 
 
 @keys.command("list")
 def list_keys(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """List the keys' ids with their tenants; the keys themselves are not stored."""
-    from hatrack_server.tenancy.keys import KeyStore
-
-    for key in KeyStore(data_dir).list_keys():
-        typer.echo(f"{key.id}\t{key.tenant}\t{key.create_time:%Y-%m-%dT%H:%M:%SZ}")
+    with _one_sentence():
+        for key in _key_store(data_dir).list_keys():
+            typer.echo(f"{key.id}\t{key.tenant}\t{key.create_time:%Y-%m-%dT%H:%M:%SZ}")
 
 
 @keys.command("revoke")
 def revoke_key(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Revoke the key with this id; calls with it are refused from now on."""
-    from hatrack_server.errors import NotFound
+    with _one_sentence():
+        _key_store(data_dir).revoke_key(key_id)
+
+
+def _key_store(data_dir: Path) -> KeyStore:
     from hatrack_server.tenancy.keys import KeyStore
 
+    return KeyStore(data_dir)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turns what the user can mend into one sentence and exit status 2."""
+    from hatrack_server.errors import HatrackError, InvalidRequest
+
     try:
-        KeyStore(data_dir).revoke_key(key_id)
-    except NotFound as error:
-        _fail(error.message)
+        yield
+    except HatrackError as error:
+        field = f"{error.field}: " if isinstance(error, InvalidRequest) else ""
+        typer.echo(f"hatrack: {field}{error.message}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def configure(given: dict[str, Any], file: Path | None) -> ServerConfig:
@@ -129,7 +144,7 @@ def _read(file: Path) -> dict[str, Any]:
         settings = yaml.safe_load(file.read_text())
     except OSError as error:
         raise StartupError(f"--config {file}: {error.strerror}") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         raise StartupError(f"--config {file} is not YAML") from None
     if not isinstance(settings, dict):
         raise StartupError(f"--config {file} must be a mapping of settings")
@@ -143,8 +158,3 @@ def _sentence(error: Any) -> str:
     if not name or name == "engine":
         return message
     return f"--{name.replace('_', '-')}: {message[:1].lower()}{message[1:]} (got {error['input']!r})"
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"hatrack: {message}", err=True)
-    raise typer.Exit(2)

@@ -59,6 +59,8 @@ class ServerConfig(BaseModel):
     """0 takes a free one."""
     metrics_port: int = Field(default=9464, ge=0, le=65535)
     """0 takes a free one."""
+    metrics_host: str = "127.0.0.1"
+    """Metrics are plain HTTP without a key and name tenants, so they don't follow `host`."""
     data_dir: Path = Path("hatrack-data")
     tls_cert: Path | None = None
     tls_key: Path | None = None

@@ -31,7 +31,7 @@ TOTALS = {
 GAUGES = {
     "running": ("hatrack_requests_running", "Sequences in the batch."),
     "waiting": ("hatrack_requests_waiting", "Sequences that wait for admission."),
-    "kv_blocks_used": ("hatrack_kv_blocks_used", "KV blocks that sequences or the prefix cache hold."),
+    "kv_blocks_used": ("hatrack_kv_blocks_used", "KV blocks that running sequences hold."),
     "kv_blocks_total": ("hatrack_kv_blocks", "KV blocks there are."),
     "resident_programs": ("hatrack_resident_programs", "Adapter programs in the engine's memory."),
     "resident_bytes": ("hatrack_resident_program_bytes", "Memory of resident adapter programs."),

@@ -50,6 +50,7 @@ class FakeEngine:
         prompt: tuple[int, ...],
         sampling: Sampling,
         deadline: float | None = None,
+        trial: bool = False,
     ) -> AsyncIterator[Delta]:
         self.calls.append(
             {"tenant": tenant, "salt": salt, "artifact": artifact, "prompt": prompt, "sampling": sampling}

@@ -89,6 +89,11 @@ def without(files: dict[str, bytes], name: str) -> dict[str, bytes]:
         ([header("tone", lora(fill=1)), *list(upload("tone", lora(fill=2)))[1:]], WEIGHTS_FILE),
         (list(upload("tone", lora(peft_type="LOHA"))), f"{CONFIG_FILE}: peft_type"),
         (list(upload("tone", lora(fill=float("nan")))), None),
+        # What a refusal quotes must neither break the status nor outgrow a header.
+        (list(upload("tone", lora(**{"\ud800": 1}))), None),
+        (list(upload("tone", lora(**{"x" * 50_000: 1}))), None),
+        (list(upload("tone", lora(peft_type="y" * 50_000))), f"{CONFIG_FILE}: peft_type"),
+        (list(upload("tone", {**lora(), CONFIG_FILE: b'{"r": %s}' % (b"9" * 5000)})), CONFIG_FILE),
     ],
     ids=lambda value: value if isinstance(value, str) else "parts",
 )

@@ -148,3 +148,14 @@ async def test_a_dead_engine_leaves_the_server_answering(harness: Harness) -> No
     assert (await failure(harness.inference.Generate(HELLO))).code is Code.UNAVAILABLE
     harness.engine.error = None
     await harness.inference.Generate(HELLO)
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x12\x05ab"])
+@pytest.mark.parametrize("method", ["InferenceService/Generate", "AdapterService/UploadAdapter"])
+async def test_bytes_that_are_no_message(harness: Harness, raw: bytes, method: str) -> None:
+    streaming = method.endswith("UploadAdapter")
+    kind = harness.channel.stream_unary if streaming else harness.channel.unary_unary
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await kind(f"/hatrack.v1.{method}")(iter([raw]) if streaming else raw)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.details() == "request: the bytes are not a message of this method's type"

@@ -120,6 +120,7 @@ def test_a_killed_worker_is_unavailable_then_back_with_every_adapter(
     server: Served, client: Client, adapters: list[Path]
 ) -> None:
     client.push_adapter("survivor", adapters[1])
+    client.push_adapter("never-asked", adapters[2])
     expected = client.generate(adapter="survivor", **SHORT).token_ids
     stream = client.stream(adapter="survivor", **ENDLESS)
     next(stream)
@@ -131,6 +132,7 @@ def test_a_killed_worker_is_unavailable_then_back_with_every_adapter(
         client.generate(**SHORT)
     until(lambda: healthy(server))
     assert client.generate(adapter="survivor", **SHORT).token_ids == expected
+    assert client.generate(adapter="never-asked", **SHORT).version == 1
     assert server.metrics()["hatrack_worker_restarts_total"] == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def check_output_folder(folder: Path) -> None:
     """Raises UsageError if an artifact can't go there because something else is; changes nothing."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"output.dir: {folder} exists already; name a new folder")
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UsageError(f"output.dir: {folder} can't be made in {existing}")
 
 
 def write_artifact(

@@ -52,7 +52,7 @@ def read_examples(path: Path, codec: TextCodec, stop_ids: Sequence[int], max_len
     `max_length`: nothing of its completion would be learned.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON lines; `splitlines` would cut at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
     examples, truncated = [], 0
@@ -85,6 +85,8 @@ def _parse(line: str) -> dict[str, Any]:
 
 def _tokenise(row: dict[str, Any], codec: TextCodec, stop_ids: Sequence[int]) -> tuple[list[int], list[int]]:
     """The row's prompt and completion as token ids, the prompt exactly as the server would tokenise it."""
+    if "messages" in row and ("prompt" in row or "completion" in row):
+        raise DataError("must have either messages, or prompt and completion, not both")
     if "messages" in row:
         return _tokenise_chat(_messages(row["messages"]), codec, stop_ids)
     if "prompt" not in row and "completion" not in row:
@@ -136,4 +138,8 @@ def _text(row: dict[str, Any], field: str, prefix: str = "") -> str:
     # The prompt alone may be empty: an adapter may learn to write unasked.
     if not value and field != "prompt":
         raise DataError(f"{prefix}{field}: is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{prefix}{field}: holds half of a surrogate pair") from None
     return value

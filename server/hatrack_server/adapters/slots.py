@@ -33,7 +33,7 @@ class Slot:
 class Load:
     """How one load ended."""
 
-    digest: str
+    artifact: Artifact
     seconds: float
     error: str | None = None
 
@@ -129,7 +129,7 @@ class ProgramSlots:
             error = self._load(artifact)
             with self._changed:
                 self._loading.discard(artifact.digest)
-            self._on_load(Load(artifact.digest, time.monotonic() - start, error))
+            self._on_load(Load(artifact, time.monotonic() - start, error))
 
     def _load(self, artifact: Artifact) -> str | None:
         """Makes the program resident, or says in a sentence why not."""

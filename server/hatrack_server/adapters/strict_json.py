@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
+MAX_DIGITS = 18  # within 64 bits
+
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """One JSON object; raises ValueError with a short reason for anything else.
@@ -12,7 +14,9 @@ def parse_object(data: bytes) -> dict[str, Any]:
     The caller bounds the size of `data`; nesting too deep for Python's parser is refused here.
     """
     try:
-        parsed = json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        parsed = json.loads(
+            data.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=_int
+        )
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
     except RecursionError:
@@ -27,6 +31,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(parsed) != len(pairs):
         raise ValueError("a key appears twice")
     return parsed
+
+
+def _int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
+    return int(digits)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -18,7 +18,7 @@ from hatrack_server.api.responses import adapter_message
 from hatrack_server.api.threads import entered, in_thread
 from hatrack_server.catalog import Catalog, DeclaredFile, Upload, gate
 from hatrack_server.engine.client import EngineClient
-from hatrack_server.errors import GenerationFailed, InvalidArtifact, InvalidRequest
+from hatrack_server.errors import GenerationFailed, InvalidArtifact, InvalidRequest, NotFound
 from hatrack_server.metrics import Metrics
 from hatrack_server.text.codec import TextCodec
 from hatrack_server.types import Artifact, Sampling
@@ -76,6 +76,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
             artifact=artifact,
             prompt=tuple(prompt),
             sampling=CANARY_SAMPLING,
+            trial=True,
         )
         try:
             async with aclosing(deltas):
@@ -118,8 +119,11 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> Empty:  # noqa: N802, ARG002
         """One version, or the name with all of them; requests in flight finish on theirs."""
         await in_thread(self._catalog.delete, tenant(), request.name)
-        if "@" not in request.name:
-            self._metrics.forget_adapter(tenant(), request.name)
+        name = request.name.partition("@")[0]
+        try:
+            await in_thread(self._catalog.get, tenant(), name)
+        except NotFound:
+            self._metrics.forget_adapter(tenant(), name)
         log.info("delete", tenant=tenant(), adapter=request.name)
         return Empty()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ from hatrack.v1 import inference_pb2_grpc as pb_grpc
 from hatrack_server.api.auth import tenant
 from hatrack_server.api.requests import check_supported, fit, read_prompt, read_sampling, read_stops
 from hatrack_server.api.responses import FINISH_REASONS, delta_message, whole_message
-from hatrack_server.api.threads import entered, in_thread
+from hatrack_server.api.threads import entered, in_pool, in_thread
 from hatrack_server.api.timing import Stopwatch
 from hatrack_server.api.transcript import Piece, Transcript
 from hatrack_server.catalog import Catalog, Lease
@@ -25,6 +26,8 @@ from hatrack_server.metrics import Metrics
 from hatrack_server.text.codec import TextCodec
 from hatrack_server.text.stops import StopStrings
 from hatrack_server.types import BaseInfo, Sampling
+
+TOKENISING_THREADS = 2
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +43,8 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         self._catalog = catalog
         self._codec = codec
         self._metrics = metrics
+        # Long prompts, refused or not, wait for one another here, and hold up nothing else.
+        self._tokenising = ThreadPoolExecutor(TOKENISING_THREADS, thread_name_prefix="tokenising")
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         """Answers once, when the completion is finished."""
@@ -66,7 +71,7 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         check_supported(request)
         sampling, stops = read_sampling(request.sampling, base), read_stops(request.sampling)
         async with self._lease(request.adapter, base) as lease:
-            prompt = await in_thread(read_prompt, request, self._codec, base)
+            prompt = await in_pool(self._tokenising, read_prompt, request, self._codec, base)
             sampling = fit(sampling, request, len(prompt), base)
             if deadline is not None and time.monotonic() >= deadline:
                 raise DeadlinePassed("the deadline passed before the request was started")

@@ -1,12 +1,15 @@
-"""One interceptor for all that surrounds a call: an async context manager entered with the call's context."""
+"""What surrounds every call: guards entered with the call's context, and inside of them the decoding of requests."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
+
+from hatrack_server.errors import InvalidRequest
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -39,8 +42,7 @@ class Around(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(OWN_SERVICES):
             return handler
-        kind = KINDS[handler.request_streaming, handler.response_streaming]
-        return handler._replace(**{kind: self._wrap(getattr(handler, kind))})
+        return _wrapped(handler, self._wrap)
 
     def _wrap(self, behaviour: Behaviour) -> Behaviour:
         async def wrapped(request: Any, context: Context) -> Any:
@@ -48,3 +50,46 @@ class Around(grpc.aio.ServerInterceptor):
                 return await behaviour(request, context)
 
         return wrapped
+
+
+class Decoding(grpc.aio.ServerInterceptor):
+    """Decodes the requests of Hatrack's own services inside the guards, so it must be the last interceptor.
+
+    gRPC decodes before any handler runs: bytes that are no message would end as UNKNOWN, with an exception's name.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler itself, taking bytes; None stays None."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(OWN_SERVICES):
+            return handler
+        decode, streaming = handler.request_deserializer, handler.request_streaming
+
+        def wrap(behaviour: Behaviour) -> Behaviour:
+            async def wrapped(raw: Any, context: Context) -> Any:
+                return await behaviour(_each_decoded(raw, decode) if streaming else _decoded(raw, decode), context)
+
+            return wrapped
+
+        return _wrapped(handler, wrap)._replace(request_deserializer=None)
+
+
+def _wrapped(handler: Any, wrap: Callable[[Behaviour], Behaviour]) -> Any:
+    kind = KINDS[handler.request_streaming, handler.response_streaming]
+    return handler._replace(**{kind: wrap(getattr(handler, kind))})
+
+
+def _decoded(raw: bytes, decode: Callable[[bytes], Any]) -> Any:
+    try:
+        return decode(raw)
+    except DecodeError:
+        raise InvalidRequest("request", "the bytes are not a message of this method's type") from None
+
+
+async def _each_decoded(raws: AsyncIterator[bytes], decode: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    async for raw in raws:
+        yield _decoded(raw, decode)

@@ -17,6 +17,7 @@ MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 64
 MAX_REQUEST_ID_CHARACTERS = 128
 INT32_MAX = 2**31 - 1
 UNSUPPORTED = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -40,6 +41,8 @@ def check_supported(request: pb.GenerateRequest) -> None:
 
 def read_sampling(params: pb.SamplingParams, base: BaseInfo) -> Sampling:
     """The sampling with every default but the room that the prompt leaves (`fit` does that); raises InvalidRequest."""
+    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest("sampling.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids")
     given = {name.name: value for name, value in params.ListFields()}
     return Sampling(
         temperature=_in_range("temperature", given.get("temperature", 1.0), 0, MAX_TEMPERATURE),
@@ -69,6 +72,7 @@ def read_prompt(request: pb.GenerateRequest, codec: TextCodec, base: BaseInfo) -
 
     Takes as long as the text is, so it doesn't belong on the event loop.
     """
+    _refuse_hopeless(request, codec.longest_token * base.max_model_len)
     match request.WhichOneof("input"):
         case "prompt" if request.prompt:
             return tuple(codec.encode(request.prompt))
@@ -80,6 +84,14 @@ def read_prompt(request: pb.GenerateRequest, codec: TextCodec, base: BaseInfo) -
             raise InvalidRequest("input", "one of prompt, chat and token_ids is needed")
         case _:
             raise InvalidRequest(input_field(request), "the input is empty")
+
+
+def _refuse_hopeless(request: pb.GenerateRequest, most_characters: int) -> None:
+    """Refuses what can't fit however it is tokenised, before the time is spent to find out."""
+    characters = len(request.prompt) + sum(len(message.content) for message in request.chat.messages)
+    if characters > most_characters:
+        message = f"{characters} characters are more than the context can hold in any tokens"
+        raise InvalidRequest(input_field(request), message)
 
 
 def input_field(request: pb.GenerateRequest) -> str:

@@ -15,7 +15,7 @@ from hatrack_server.api.auth import KeyGuard
 from hatrack_server.api.drain import DrainGuard
 from hatrack_server.api.health import Health
 from hatrack_server.api.inference import InferenceService
-from hatrack_server.api.interceptor import Around
+from hatrack_server.api.interceptor import Around, Decoding
 from hatrack_server.api.status import StatusGuard
 from hatrack_server.api.tls import credentials
 from hatrack_server.catalog import Catalog
@@ -63,7 +63,7 @@ class ApiServer:
             self._drain,
             KeyGuard(keys, open_without_keys=config.loopback),
         )
-        self._server = grpc.aio.server(interceptors=[Around(guard) for guard in guards], options=OPTIONS)
+        self._server = grpc.aio.server(interceptors=[*(Around(guard) for guard in guards), Decoding()], options=OPTIONS)
         inference = InferenceService(engine, catalog, codec, metrics)
         adapters = AdapterService(engine, catalog, codec, metrics, max_rank=config.engine.max_rank)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)

@@ -21,6 +21,7 @@ from grpc_status import rpc_status
 from hatrack_server import errors
 
 DOMAIN = "hatrack"
+MAX_TEXT = 500  # characters of a message or field: a status travels in headers, which are bounded
 CODES: dict[type[errors.HatrackError], StatusCode] = {
     errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
     errors.NotFound: StatusCode.NOT_FOUND,
@@ -87,7 +88,7 @@ def _sentence(error: errors.HatrackError) -> str:
 
 def _details(error: errors.HatrackError) -> list[Message]:
     if isinstance(error, errors.InvalidRequest):
-        violation = BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = BadRequest.FieldViolation(field=_sendable(error.field), description=_sendable(error.message))
         return [BadRequest(field_violations=[violation])]
     if isinstance(error, errors.Overloaded):
         delay = Duration()
@@ -97,12 +98,18 @@ def _details(error: errors.HatrackError) -> list[Message]:
 
 
 def _status(code: StatusCode, message: str, reason: str, *details: Message) -> Status:
-    status = Status(code=code.value[0], message=message)
+    status = Status(code=code.value[0], message=_sendable(message))
     for detail in (ErrorInfo(reason=reason, domain=DOMAIN), *details):
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _sendable(text: str) -> str:
+    """Text that may quote whatever a tenant sent: valid UTF-8, and not too long for a header."""
+    clean = text.encode(errors="replace").decode()
+    return clean if len(clean) <= MAX_TEXT else f"{clean[: MAX_TEXT - 1]}…"
 
 
 def _cancelled_from_outside() -> bool:

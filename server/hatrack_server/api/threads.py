@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -23,6 +25,11 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     except asyncio.CancelledError:
         await asyncio.gather(work, return_exceptions=True)
         raise
+
+
+async def in_pool(pool: Executor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs `function` in a thread of `pool`; for what may take long, so that short calls need not queue behind it."""
+    return await asyncio.get_running_loop().run_in_executor(pool, partial(function, *args, **kwargs))
 
 
 @asynccontextmanager

@@ -111,11 +111,13 @@ class EngineClient:
         prompt: tuple[int, ...],
         sampling: Sampling,
         deadline: float | None = None,
+        trial: bool = False,
     ) -> AsyncGenerator[Delta, None]:
         """Yields deltas until one carries `finish`; closing the iterator cancels the generation.
 
         Steps that come while the consumer is busy are joined into one delta. Raises Overloaded when the queue is full,
-        Unavailable when the worker is not there or dies, DeadlinePassed, and GenerationFailed for this one alone.
+        Unavailable when the worker is not there or dies, DeadlinePassed, and GenerationFailed for this one alone. The
+        artifact of a `trial` is not loaded again by a new worker: it lies where it won't stay.
         """
         worker = self._ready_worker()
         generation = Generation(next(self._ids), tenant, salt, artifact, prompt, sampling, deadline)
@@ -130,7 +132,7 @@ class EngineClient:
                 finished = delta.finish is not None
                 if delta.error is not None:
                     raise _error(delta.error)
-                if artifact:
+                if artifact and not trial:
                     self._remember(artifact)
                 yield delta
         finally:

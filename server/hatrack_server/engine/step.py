@@ -15,7 +15,7 @@ from hatrack_server.engine.scheduler import Scheduler, Work
 from hatrack_server.engine.sequence import Sequence
 from hatrack_server.model.batch import Batch, Chunk, build_batch
 from hatrack_server.model.paged import PagedModel
-from hatrack_server.types import Delta, EngineStats, FinishReason, Generation
+from hatrack_server.types import Artifact, Delta, EngineStats, FinishReason, Generation
 
 
 class Engine:
@@ -53,9 +53,14 @@ class Engine:
         if sequence is not None:
             self.scheduler.remove(sequence)
 
-    def load_failed(self, digest: str, error: str) -> list[Delta]:
-        """Ends the completions that wait for a program that can't be loaded."""
-        return [self._fail(sequence, error) for sequence in self.scheduler.waiting_for(digest)]
+    def load_failed(self, artifact: Artifact, error: str) -> list[Delta]:
+        """Ends the completions that wait for a program that can't be loaded.
+
+        Those that have the same artifact from another place go on waiting: its files may have moved during the load,
+        from where an upload was staged into the store.
+        """
+        waiting = self.scheduler.waiting_for(artifact.digest)
+        return [self._fail(sequence, error) for sequence in waiting if sequence.generation.artifact == artifact]
 
     def step(self) -> list[Delta]:
         """One forward pass over what the scheduler chose; the deltas it gave. Empty when nothing can run now."""

@@ -130,10 +130,10 @@ class Worker:
                         self._engine.slots.request(artifact)
                     case Forget(digest):
                         self._engine.slots.forget(digest)
-                    case Load(digest, seconds, None):
+                    case Load(_, seconds, None):
                         loads.append(seconds)
-                    case Load(digest, _, str(error)):
-                        deltas += self._engine.load_failed(digest, error)
+                    case Load(artifact, _, str(error)):
+                        deltas += self._engine.load_failed(artifact, error)
             before = self._engine.steps
             deltas += self._engine.step()
             stepped = self._engine.steps > before

@@ -54,7 +54,10 @@ class PagedModel:
                 f"kv_cache_gb: {config.kv_cache_gb} holds less than one block of {config.block_size} tokens"
             )
         self.kv_slots = (blocks + 1) * config.block_size  # one more for the zeros that padding points at
-        self._kv = PagedKV(shapes, self.kv_slots, self.dtype, self.device)
+        try:
+            self._kv = PagedKV(shapes, self.kv_slots, self.dtype, self.device)
+        except (MemoryError, RuntimeError):  # torch's own out-of-memory errors are RuntimeErrors
+            raise StartupError(f"kv_cache_gb: {config.kv_cache_gb} is more memory than there is") from None
         progress("checking attention", 0.8)
         probe(self)
 

@@ -14,13 +14,17 @@ __all__ = ["ChatMessage", "TextCodec"]
 
 
 class TextCodec:
-    """The tokenizer and chat template of one checkpoint. Safe to use from several threads."""
+    """The tokenizer and chat template of one checkpoint. Safe to use from several threads.
+
+    longest_token: no token stands for more characters than this.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
         # What a file was saved with must not shorten or pad a prompt.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()))  # in characters, or more
         config = read_tokenizer_config(checkpoint)
         self._template = ChatTemplate.load(checkpoint, config)
         bos = special_tokens(config).get("bos_token")

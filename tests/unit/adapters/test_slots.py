@@ -51,7 +51,7 @@ class Rack:
         for digest in digests:
             self.request(digest)
             load = self.loaded()
-            assert (load.digest, load.error) == (digest, None)
+            assert (load.artifact.digest, load.error) == (digest, None)
 
     def ends(self, seconds: float) -> Load | None:
         """The next load, if one ends so soon."""
@@ -137,7 +137,7 @@ def test_many_requests_of_one_digest_load_once(rack: Callable[[int], Rack]) -> N
     for thread in threads:
         thread.join(PATIENCE_SECONDS)
     r.gate.set()
-    assert {r.loaded().digest, r.loaded().digest} == {"x", "y"}
+    assert {r.loaded().artifact.digest, r.loaded().artifact.digest} == {"x", "y"}
     r.load("z")  # nothing else was queued before it
     assert sorted(r.compiled) == ["x", "y", "z"]
     r.request("x")  # resident
@@ -190,7 +190,7 @@ def test_a_load_waits_while_all_is_pinned_and_goes_on_at_a_release(rack: Callabl
     r.slots.release("b")
     assert r.waits()
     r.slots.release("b")
-    assert r.loaded().digest == "c"
+    assert r.loaded().artifact.digest == "c"
     assert r.content("a") == {1.0}
     assert not r.slots.acquire("b")
 
@@ -207,7 +207,7 @@ def test_busy_programs_cannot_keep_others_out_for_good(rack: Callable[[int], Rac
     assert r.slots.acquire("b")
     r.request("a")  # as the scheduler does: nothing to load while its old program is there
     r.slots.release("a")
-    assert r.loaded().digest == "c"
+    assert r.loaded().artifact.digest == "c"
     assert r.slots.evictions == 1
     assert r.slots.acquire("c")
     r.request("a")
@@ -216,7 +216,7 @@ def test_busy_programs_cannot_keep_others_out_for_good(rack: Callable[[int], Rac
     r.slots.release("b")
     assert r.waits()
     r.slots.release("b")
-    assert r.loaded().digest == "a"
+    assert r.loaded().artifact.digest == "a"
     assert r.slots.acquire("a")
 
 
@@ -230,7 +230,7 @@ def test_no_program_is_held_back_while_a_forgotten_one_makes_room(rack: Callable
     assert r.waits()
     assert r.slots.acquire("a")
     r.slots.release("b")
-    assert r.loaded().digest == "c"
+    assert r.loaded().artifact.digest == "c"
 
 
 def test_a_program_beyond_the_whole_budget_is_refused_in_a_sentence(rack: Callable[[int], Rack]) -> None:
@@ -258,7 +258,7 @@ def test_a_failed_load_says_so_and_leaks_nothing(rack: Callable[[int], Rack], di
     for _ in range(3):
         r.request(digest)
         load = r.loaded()
-        assert (load.digest, load.error) == (digest, error)
+        assert (load.artifact.digest, load.error) == (digest, error)
         assert not r.slots.acquire(digest)
     r.load("a", "b")
     assert r.resident("a", "b") == ["a", "b"]
@@ -296,7 +296,7 @@ def test_a_waiting_load_takes_the_room_of_a_forgotten_program(rack: Callable[[in
     assert r.waits()
     r.slots.forget("a")
     r.slots.release("a")
-    assert r.loaded().digest == "b"
+    assert r.loaded().artifact.digest == "b"
 
 
 def test_free_rows_are_given_back_before_programs_are_evicted(rack: Callable[[int], Rack]) -> None:
@@ -329,7 +329,7 @@ def test_another_rank_class_gets_room_though_one_is_spread_over_the_budget(rack:
     assert r.waits()
     assert not r.slots.acquire("d")
     r.slots.release("d")
-    assert r.loaded().digest == "r2-x"
+    assert r.loaded().artifact.digest == "r2-x"
     r.load("r4-y")
     r.load(*"efgh")
     assert r.resident(*"efgh") == list("efgh")
@@ -345,9 +345,11 @@ def test_all_of_many_mixed_programs_are_served_while_others_are_pinned(rack: Cal
             if pinned:
                 r.slots.release(pinned.pop(0))
         assert load.error is None
-        if r.slots.acquire(load.digest):
-            pinned.append(load.digest)
-            assert r.content(load.digest) - {0.0} == {1.0 + digests.index(load.digest)}  # padded to the class
+        if r.slots.acquire(load.artifact.digest):
+            pinned.append(load.artifact.digest)
+            assert r.content(load.artifact.digest) - {0.0} == {
+                1.0 + digests.index(load.artifact.digest)
+            }  # padded to the class
     assert r.compiled == digests
 
 
