@@ -31,7 +31,9 @@ class Served:
         ]
         command += ["--port", "0", "--metrics-port", "0", "--device", "cpu", "--threads", "1", "--kv-cache-gb", "0.01"]
         self._log = (data_dir.parent / f"{data_dir.name}.log").open("a")
-        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=self._log, text=True)
+        self.process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
+        )
         assert self.process.stdout
         line = self.process.stdout.readline()
         found = ANNOUNCEMENT.match(line)

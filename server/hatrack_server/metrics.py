@@ -104,6 +104,7 @@ class Metrics:
         """The worker died; its successor counts from zero again."""
         self._restarts.inc()
         self._last = EngineStats()
+        self.observe(EngineStats())
 
     def set_ready(self, ready: bool) -> None:
         """Whether requests can be served now."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -108,3 +109,10 @@ async def refused(harness: Harness, request: pb.GenerateRequest, field: str) -> 
         got = await failure(call)
         assert (got.code, got.reason, got.field) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", field)
     assert not harness.engine.calls
+
+
+async def test_a_token_that_only_the_tokenizer_knows(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuned tokenizers often have added tokens past the end of the base's embedding."""
+    monkeypatch.setattr(harness.engine, "base", replace(harness.engine.base, vocab_size=100))
+    got = await failure(harness.inference.Generate(pb.GenerateRequest(prompt="ü")))
+    assert (got.code, got.field) == (grpc.StatusCode.INVALID_ARGUMENT, "prompt")

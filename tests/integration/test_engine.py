@@ -146,6 +146,16 @@ def test_a_bad_adapter_ends_alone(engine: InProcess, bench: Bench, alone: list[l
     assert [tokens(deltas[i]) for i in ids] == alone
 
 
+def test_a_row_that_cannot_be_computed_ends_alone(engine: InProcess, bench: Bench, alone: list[list[int]]) -> None:
+    ids = [engine.submit(prompt, adapter, sampling=LONG) for prompt, adapter in bench.requests(8)]
+    bad = engine.submit([5, 100_000, 6])  # outside of the embedding: the API refuses it, the engine must survive it
+    deltas = engine.run()
+    assert deltas[bad][-1].error == "its computation failed"
+    assert [tokens(deltas[i]) for i in ids] == alone
+    alone_again = engine.submit([100_000])
+    assert engine.run()[alone_again][-1].error == "its computation failed"
+
+
 def test_an_unreadable_artifact_fails_its_requests_only(engine: InProcess, bench: Bench, tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((bench.adapters[0] / name).read_bytes()[:-9])

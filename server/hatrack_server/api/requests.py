@@ -70,14 +70,15 @@ def read_stops(params: pb.SamplingParams) -> tuple[str, ...]:
 def read_prompt(request: pb.GenerateRequest, codec: TextCodec, base: BaseInfo) -> tuple[int, ...]:
     """The prompt's token ids; raises InvalidRequest for an absent or empty input and for ids out of the vocabulary.
 
-    Takes as long as the text is, so it doesn't belong on the event loop.
+    A tokenizer may know tokens that the base's embedding doesn't have, so the ids of text are checked, too. Takes as
+    long as the text is, so it doesn't belong on the event loop.
     """
     _refuse_hopeless(request, codec.longest_token * base.max_model_len)
     match request.WhichOneof("input"):
         case "prompt" if request.prompt:
-            return tuple(codec.encode(request.prompt))
+            return tuple(_in_vocabulary("prompt", codec.encode(request.prompt), base))
         case "chat" if request.chat.messages:
-            return tuple(codec.encode_chat(_messages(request.chat)))
+            return tuple(_in_vocabulary("chat.messages", codec.encode_chat(_messages(request.chat)), base))
         case "token_ids" if request.token_ids.ids:
             return tuple(_in_vocabulary("token_ids.ids", request.token_ids.ids, base))
         case None:

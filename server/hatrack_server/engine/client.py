@@ -65,6 +65,7 @@ class EngineClient:
         self._base: BaseInfo | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._last_word = 0.0
+        self._served = False  # whether the latest worker got as far as loading the base
 
     @property
     def base(self) -> BaseInfo:
@@ -75,7 +76,7 @@ class EngineClient:
 
     @property
     def in_flight(self) -> int:
-        """Generations that have not ended."""
+        """Generations that the worker has not ended."""
         return len(self._streams)
 
     @property
@@ -162,15 +163,22 @@ class EngineClient:
 
     async def _supervise(self, first: asyncio.Future[BaseInfo]) -> None:
         """Keeps one worker running; the first one's fate goes to `first`."""
-        for attempt in itertools.count():
-            error = await self._run_one(first)
+        failures = 0  # in a row
+        while True:
+            self._served = False
+            try:
+                error = await self._run_one(first) or "the engine's process died"
+            except Exception as failure:  # e.g. no memory for another process: the next attempt may find some
+                logger.exception("the engine's process can't be run")
+                error = f"the engine's process can't be run: {failure}"
             if not first.done():
-                first.set_exception(StartupError(error or "the engine's process died while loading the base"))
+                first.set_exception(StartupError(error))
             if first.exception():
                 return
-            logger.error("the engine's process died; starting it again")
+            logger.error("%s; starting it again", error)
             self._on_restart()
-            await asyncio.sleep(RESTART_SECONDS[min(attempt, len(RESTART_SECONDS) - 1)])
+            failures = 0 if self._served else failures + 1
+            await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
 
     async def _run_one(self, first: asyncio.Future[BaseInfo]) -> str | None:
         """Runs one worker to its end; returns why it refused to start, if it did."""
@@ -184,6 +192,7 @@ class EngineClient:
                         self._on_progress(stage, fraction)
                     case Ready(base):
                         self._base = base
+                        self._served = True
                         for artifact in self._programs.values():
                             worker.send(Preload(artifact))
                         if not first.done():
@@ -202,7 +211,8 @@ class EngineClient:
 
     def _deliver(self, deltas: tuple[Delta, ...]) -> None:
         for delta in deltas:
-            stream = self._streams.get(delta.id)
+            # What has ended is its reader's alone: one that doesn't read is no work in progress.
+            stream = self._streams.pop(delta.id, None) if delta.finish else self._streams.get(delta.id)
             if stream:
                 stream.put(delta)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
@@ -16,6 +17,8 @@ from hatrack_server.engine.sequence import Sequence
 from hatrack_server.model.batch import Batch, Chunk, build_batch
 from hatrack_server.model.paged import PagedModel
 from hatrack_server.types import Artifact, Delta, EngineStats, FinishReason, Generation
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -69,11 +72,13 @@ class Engine:
         work = sorted(self.scheduler.schedule(now), key=self._slot_number)
         if not work:
             return expired
-        drawn = self._run(work)
-        sampling = [w for w in work if w.samples]
-        self.scheduler.advance(work)
+        drawn = self._run_isolated(work)
+        done = [w for w in work if w.sequence in drawn]
+        failed = [self._fail(w.sequence, "its computation failed") for w in work if w.sequence not in drawn]
+        sampling = [w.sequence for w in done if w.samples]
+        self.scheduler.advance(done)
         self.steps += 1
-        return expired + [self._collect(w.sequence, d) for w, d in zip(sampling, drawn, strict=True)]
+        return expired + failed + [self._collect(sequence, drawn[sequence]) for sequence in sampling]
 
     def stats(self, *, stepped: bool) -> EngineStats:
         """A snapshot; `stepped` says whether it follows a forward pass."""
@@ -93,15 +98,37 @@ class Engine:
             adapters_per_step=(self._last_adapters,) if stepped else (),
         )
 
-    def _run(self, work: list[Work]) -> list[Drawn | None]:
-        """Draws one token for each work that samples, in order."""
+    def _run_isolated(self, work: list[Work]) -> dict[Sequence, Drawn | None]:
+        """What `_run` gives; when the batch fails, its rows are tried one by one, and those that fail again left out.
+
+        Running a row again writes the same keys and values to the same places. Raises RuntimeError when several rows
+        fail, and every one: then the device is lost, and a new process must take over.
+        """
+        try:
+            return self._run(work)
+        except Exception:  # whatever one row brought about must not end the others
+            logger.exception("a batch of %d rows failed; trying its rows one by one", len(work))
+        drawn: dict[Sequence, Drawn | None] = {}
+        for w in work:
+            try:
+                drawn |= self._run([w])
+            except Exception:
+                logger.exception("generation %d of artifact %s failed", w.sequence.id, w.sequence.digest)
+        if not drawn and len(work) > 1:
+            raise RuntimeError("no row of a batch can be computed")
+        return drawn
+
+    def _run(self, work: list[Work]) -> dict[Sequence, Drawn | None]:
+        """Computes the work; each sequence's drawn token, None where it samples none or its logits are not finite."""
         rows = [(self.slots[w.sequence.digest] if w.sequence.digest else None, w.count) for w in work]
         self._last_adapters = len({slot.number for slot, _ in rows if slot})
         logits = self.model.forward(self._batch(work), self._effects.build(rows))
+        drawn: dict[Sequence, Drawn | None] = dict.fromkeys(w.sequence for w in work)
         sampling = [row for row, w in enumerate(work) if w.samples]
-        if not sampling:
-            return []
-        return sample(logits[sampling], [self._draw(work[row].sequence) for row in sampling])
+        if sampling:
+            sequences = [work[row].sequence for row in sampling]
+            drawn.update(zip(sequences, sample(logits[sampling], list(map(self._draw, sequences))), strict=True))
+        return drawn
 
     def _slot_number(self, work: Work) -> int:
         """Rows of one adapter side by side, and adapters in the order in which they lie in the pools."""

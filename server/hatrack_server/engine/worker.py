@@ -47,7 +47,8 @@ LOAD_POLL_SECONDS = 0.05  # how often deadlines are looked at while every sequen
 
 def run_worker(config: EngineConfig, connection: Connection) -> None:
     """The process's main function: loads the base, then steps while there is work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent drains, then stops us
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent drains, then stops us
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     transformers.utils.logging.disable_progress_bar()
     inbox: Inbox = queue.SimpleQueue()
