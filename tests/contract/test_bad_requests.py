@@ -111,6 +111,21 @@ async def refused(harness: Harness, request: pb.GenerateRequest, field: str) -> 
     assert not harness.engine.calls
 
 
+async def test_a_hopeless_text_is_refused_untokenised(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> list[int]:
+        raise AssertionError("the text was tokenised")
+
+    monkeypatch.setattr("hatrack_server.text.codec.TextCodec.encode", never)
+    monkeypatch.setattr("hatrack_server.text.codec.TextCodec.encode_chat", never)
+    text = "x" * (100 * LIMIT)
+    for request, field in (
+        (pb.GenerateRequest(prompt=text), "prompt"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[user(text)])), "chat.messages"),
+    ):
+        got = await failure(harness.inference.Generate(request))
+        assert (got.code, got.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
 async def test_a_token_that_only_the_tokenizer_knows(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fine-tuned tokenizers often have added tokens past the end of the base's embedding."""
     monkeypatch.setattr(harness.engine, "base", replace(harness.engine.base, vocab_size=100))

@@ -38,7 +38,9 @@ class Bench:
         config = EngineConfig(
             model=self.checkpoint, dtype="float32", packed=False, device="cpu", **{**defaults, **settings}
         )
-        model = self._models.setdefault(config.kv_cache_gb, PagedModel(config))
+        if config.kv_cache_gb not in self._models:
+            self._models[config.kv_cache_gb] = PagedModel(config)
+        model = self._models[config.kv_cache_gb]
         model.clear_kv()
         return InProcess(model, config)
 

@@ -43,7 +43,7 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         self._catalog = catalog
         self._codec = codec
         self._metrics = metrics
-        # Long prompts, refused or not, wait for one another here, and hold up nothing else.
+        # Prompts wait for one another here, so that long ones hold up no authentication, lease or upload.
         self._tokenising = ThreadPoolExecutor(TOKENISING_THREADS, thread_name_prefix="tokenising")
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802

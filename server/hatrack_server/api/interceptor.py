@@ -23,8 +23,26 @@ KINDS = {
 }
 
 
-class Around(grpc.aio.ServerInterceptor):
-    """Runs every call of Hatrack's own services inside `guard(context)`; health and reflection stay open.
+class _OwnServices(grpc.aio.ServerInterceptor):
+    """Changes the handlers of Hatrack's own services; health and reflection stay as they are."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The next handler, changed where it is ours; None, which is UNIMPLEMENTED, stays None."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(OWN_SERVICES):
+            return handler
+        return self._change(handler)
+
+    def _change(self, handler: Any) -> Any:
+        raise NotImplementedError
+
+
+class Around(_OwnServices):
+    """Runs every call inside `guard(context)`.
 
     Our handlers are coroutines, streams too (they `await context.write()`): a cancel then reaches their `finally` at
     once, while a generator that waits at a `yield` would learn of it when it is collected.
@@ -33,15 +51,7 @@ class Around(grpc.aio.ServerInterceptor):
     def __init__(self, guard: Callable[[Context], AbstractAsyncContextManager[None]]) -> None:
         self._guard = guard
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """The next handler, wrapped where it is ours; None, which is UNIMPLEMENTED, stays None."""
-        handler: Any = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(OWN_SERVICES):
-            return handler
+    def _change(self, handler: Any) -> Any:
         return _wrapped(handler, self._wrap)
 
     def _wrap(self, behaviour: Behaviour) -> Behaviour:
@@ -52,26 +62,19 @@ class Around(grpc.aio.ServerInterceptor):
         return wrapped
 
 
-class Decoding(grpc.aio.ServerInterceptor):
-    """Decodes the requests of Hatrack's own services inside the guards, so it must be the last interceptor.
+class Decoding(_OwnServices):
+    """Decodes requests inside the guards, so it must be the last interceptor.
 
     gRPC decodes before any handler runs: bytes that are no message would end as UNKNOWN, with an exception's name.
     """
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """The handler itself, taking bytes; None stays None."""
-        handler: Any = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(OWN_SERVICES):
-            return handler
-        decode, streaming = handler.request_deserializer, handler.request_streaming
+    def _change(self, handler: Any) -> Any:
+        decode = handler.request_deserializer
+        decoded = _each_decoded if handler.request_streaming else _decoded
 
         def wrap(behaviour: Behaviour) -> Behaviour:
             async def wrapped(raw: Any, context: Context) -> Any:
-                return await behaviour(_each_decoded(raw, decode) if streaming else _decoded(raw, decode), context)
+                return await behaviour(decoded(raw, decode), context)
 
             return wrapped
 

@@ -88,10 +88,10 @@ def read_prompt(request: pb.GenerateRequest, codec: TextCodec, base: BaseInfo) -
 
 
 def _refuse_hopeless(request: pb.GenerateRequest, most_characters: int) -> None:
-    """Refuses what can't fit however it is tokenised, before the time is spent to find out."""
+    """Refuses what no tokens of the vocabulary could make fit, before the time is spent to find out."""
     characters = len(request.prompt) + sum(len(message.content) for message in request.chat.messages)
     if characters > most_characters:
-        message = f"{characters} characters are more than the context can hold in any tokens"
+        message = f"{characters} characters are more than the context can hold, however they are tokenised"
         raise InvalidRequest(input_field(request), message)
 
 

@@ -16,7 +16,7 @@ __all__ = ["ChatMessage", "TextCodec"]
 class TextCodec:
     """The tokenizer and chat template of one checkpoint. Safe to use from several threads.
 
-    longest_token: no token stands for more characters than this.
+    longest_token: no token of the vocabulary stands for more characters than this; an unknown word may be longer.
     """
 
     def __init__(self, checkpoint: Path) -> None:
