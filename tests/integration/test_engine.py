@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from inprocess import GREEDY, InProcess, tokens
+from inprocess import GREEDY, PATIENCE_SECONDS, InProcess, tokens
 from oracle import Oracle, make_adapter
 from tiny import FAMILIES, make_checkpoint
 
+from hatrack_server.adapters.pieces import Pieces
 from hatrack_server.config import EngineConfig
 from hatrack_server.model.paged import PagedModel
-from hatrack_server.types import FinishReason, Sampling
+from hatrack_server.types import Artifact, FinishReason, Sampling
 
 FAMILY_SAMPLE = ("llama", "mistral", "gemma2")  # full attention, windows, and both with soft-capping
 LONG = Sampling(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -130,6 +132,23 @@ def test_cancelling_frees_blocks_and_slot_at_once(engine: InProcess, bench: Benc
     engine.engine.cancel(cancelled)  # twice does no harm: it may cross the last delta
     assert len(tokens(engine.run()[kept])) > 0
     assert engine.engine.blocks.used == 0
+
+
+def test_a_program_is_not_loaded_for_those_that_left(engine: InProcess, bench: Bench) -> None:
+    compiled = threading.Event()
+    compile_artifact = engine.engine.slots._compile
+
+    def held_back(artifact: Artifact) -> Pieces:
+        assert compiled.wait(PATIENCE_SECONDS)
+        return compile_artifact(artifact)
+
+    engine.engine.slots._compile = held_back
+    first, second, other = (engine.submit([1, 2, 3], bench.adapters[n]) for n in (0, 0, 1))
+    engine.engine.cancel(first)
+    engine.engine.cancel(other)
+    compiled.set()
+    assert len(tokens(engine.run()[second])) == GREEDY.max_tokens  # somebody was left who wanted it
+    assert len(engine.engine.slots) == 1
 
 
 def test_a_bad_adapter_ends_alone(engine: InProcess, bench: Bench, alone: list[list[int]], tmp_path: Path) -> None:

@@ -51,9 +51,22 @@ def test_a_layout_that_the_probe_finds_wrong_is_refused(tiny_llama: Path, monkey
     from hatrack_server.model import batch
 
     causal = batch.causal_mask
-    monkeypatch.setattr(batch, "causal_mask", lambda positions, keys, window: causal(positions - 1, keys, window))
+    monkeypatch.setattr(batch, "causal_mask", lambda positions, *rest: causal(positions - 1, *rest))
     with pytest.raises(StartupError, match="paged attention differs"):
         paged(tiny_llama)
+
+
+def test_the_probe_leaves_a_window_behind_that_is_longer_than_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hatrack_server.model import batch
+
+    checkpoint = make_checkpoint(tmp_path, "mistral", sliding_window=400)
+    assert paged(checkpoint).config.sliding_window == 400
+    causal = batch.causal_mask
+    monkeypatch.setattr(batch, "causal_mask", lambda positions, places, window: causal(positions, places, None))
+    with pytest.raises(StartupError, match="paged attention differs"):
+        paged(checkpoint)
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}])

@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hatrack_server.config import EngineConfig
-from hatrack_server.engine.client import EngineClient
+from hatrack_server.engine.client import EngineClient, _WorkerProcess
 from hatrack_server.errors import DeadlinePassed, GenerationFailed, Overloaded, StartupError, Unavailable
 from hatrack_server.types import Artifact, Delta, EngineStats, Sampling
 
@@ -83,6 +84,63 @@ async def test_a_killed_worker_ends_its_streams_at_once_and_comes_back(engine: E
     await until(lambda: engine.ready)
     assert engine.worker_pid != pid
     assert await tokens(generate(engine)) == expected
+
+
+async def test_a_hung_worker_is_not_ready_then_killed_and_replaced(
+    engine: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hatrack_server.engine.client.STALL_SECONDS", 0.5)
+    monkeypatch.setattr("hatrack_server.engine.client.HUNG_SECONDS", 1.5)
+    stream = generate(engine, ENDLESS)
+    await anext(stream)
+    pid = engine.worker_pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(Unavailable):
+        await tokens(stream)
+    await until(lambda: engine.ready)
+    assert engine.worker_pid != pid
+    assert len(await tokens(generate(engine))) == SHORT.max_tokens
+
+
+async def test_a_worker_without_work_may_be_silent(engine: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hatrack_server.engine.client.HUNG_SECONDS", 0.2)
+    await tokens(generate(engine))
+    pid = engine.worker_pid
+    await asyncio.sleep(0.6)
+    assert (engine.ready, engine.worker_pid) == (True, pid)
+
+
+async def test_a_process_that_cannot_be_started_is_tried_again(
+    engine: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = _WorkerProcess.__init__, 2
+
+    def no_memory(self: _WorkerProcess, *arguments: Any) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OSError("Cannot allocate memory")
+        real(self, *arguments)
+
+    monkeypatch.setattr(_WorkerProcess, "__init__", no_memory)
+    assert engine.worker_pid
+    os.kill(engine.worker_pid, signal.SIGKILL)
+    await until(lambda: not engine.ready)
+    await until(lambda: engine.ready)
+    assert failures < 0
+    assert len(await tokens(generate(engine))) == SHORT.max_tokens
+
+
+async def test_a_worker_killed_while_it_loads_is_not_the_users_mistake(tiny_llama: Path) -> None:
+    engine = EngineClient(config(tiny_llama))
+    starting = asyncio.create_task(engine.start())
+    await until(lambda: engine.worker_pid)
+    assert engine.worker_pid
+    os.kill(engine.worker_pid, signal.SIGKILL)
+    with pytest.raises(Unavailable):
+        await starting
+    await engine.stop()
 
 
 async def test_a_closed_stream_is_cancelled_in_the_worker(tiny_llama: Path) -> None:

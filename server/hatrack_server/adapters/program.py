@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-import torch
 from safetensors.torch import load_file
 
 from hatrack.manifest import CONFIG_FILE, WEIGHTS_FILE
@@ -15,10 +14,9 @@ from hatrack_server.types import Artifact, LinearShape
 
 
 def compile_artifact(artifact: Artifact, linears: Mapping[str, LinearShape]) -> Pieces:
-    """Reads and compiles an artifact that has passed the gate; float32 on the CPU.
+    """Reads and compiles an artifact that has passed the gate; on the CPU, in the files' precision or float32.
 
     Raises InvalidArtifact when its method is unknown, OSError or safetensors' own error when its files are damaged.
     """
     config = json.loads((artifact.path / CONFIG_FILE).read_text())
-    tensors = {name: tensor.to(torch.float32) for name, tensor in load_file(artifact.path / WEIGHTS_FILE).items()}
-    return methods.compile(config, tensors, linears)
+    return methods.compile(config, load_file(artifact.path / WEIGHTS_FILE), linears)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hatrack_server.adapters.pieces import Pieces
-from hatrack_server.adapters.pools import LowRankPool, Place, Pools
-from hatrack_server.errors import GenerationFailed, HatrackError, Unavailable
+from hatrack_server.adapters.pools import Places, Pools
+from hatrack_server.errors import GenerationFailed, HatrackError
 from hatrack_server.types import Artifact
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,9 @@ class Slot:
     """A resident program: its places by layer, and how many running sequences pin it."""
 
     number: int  # in the order of loading: neighbours in number tend to be neighbours in the pools
-    places: dict[str, Place]
+    places: Places
     pins: int = 0
-    doomed: bool = False  # not to be pinned again, and freed at the last release
+    doomed: bool = False  # not to be pinned again, and evicted at the last release
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,16 @@ class Load:
     error: str | None = None
 
 
+class _Abandoned(Exception):
+    """Nobody wants the program that is being loaded any more."""
+
+
 class ProgramSlots:
     """Resident programs within the pools' budget, least recently used first out.
 
-    `request` never blocks: the loading thread reads, compiles and copies; `on_load` is called there when a load has
-    ended. A load waits for room while every resident program is pinned; loads end in the order of their requests.
+    No method blocks but `close`. The loading thread alone touches the pools: it reads, compiles and copies without the
+    lock, which guards nothing but who is resident, pinned and wanted. `on_load` is called there when a load has ended.
+    Loads are made in the order of their requests; one waits for room while every resident program is pinned.
     """
 
     def __init__(self, pools: Pools, compile_artifact: Compile, on_load: Callable[[Load], None]) -> None:
@@ -51,8 +56,8 @@ class ProgramSlots:
         self._compile = compile_artifact
         self._on_load = on_load
         self._resident: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
-        self._queue: deque[Artifact] = deque()
-        self._loading: set[str] = set()  # queued ones included
+        self._evicted: list[Slot] = []  # whose rows the loading thread may give to others
+        self._wanted: OrderedDict[str, Artifact] = OrderedDict()  # first come, first loaded
         self._loaded = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -60,11 +65,16 @@ class ProgramSlots:
         self._thread.start()
 
     def request(self, artifact: Artifact) -> None:
-        """Starts loading unless the program is resident or on its way. Never blocks."""
+        """Has the program loaded unless it is resident or on its way."""
         with self._changed:
-            if artifact.digest not in self._resident and artifact.digest not in self._loading:
-                self._loading.add(artifact.digest)
-                self._queue.append(artifact)
+            if artifact.digest not in self._resident and artifact.digest not in self._wanted:
+                self._wanted[artifact.digest] = artifact
+                self._changed.notify_all()
+
+    def abandon(self, digest: str) -> None:
+        """Takes a request back: a load that has not ended yet comes to nothing."""
+        with self._changed:
+            if self._wanted.pop(digest, None):
                 self._changed.notify_all()
 
     def acquire(self, digest: str) -> bool:
@@ -89,14 +99,14 @@ class ProgramSlots:
 
     def forget(self, digest: str) -> None:
         """Frees a program that nothing names any more: now, or at its last release."""
+        self.abandon(digest)
         with self._changed:
             slot = self._resident.get(digest)
-            if slot is None:
-                return
-            slot.doomed = True
-            if slot.pins == 0:
-                self._evict(digest)
-                self._changed.notify_all()
+            if slot is not None:
+                slot.doomed = True
+                if slot.pins == 0:
+                    self._evict(digest)
+                    self._changed.notify_all()
 
     def __getitem__(self, digest: str) -> Slot:
         """The slot of an acquired program."""
@@ -112,7 +122,7 @@ class ProgramSlots:
         return self._pools.bytes
 
     def close(self) -> None:
-        """Ends the loading thread after the load it is at."""
+        """Ends the loading thread, after the load that it is at; one that waits for room is given up."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -121,72 +131,96 @@ class ProgramSlots:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
+                self._changed.wait_for(lambda: self._wanted or self._closed)
                 if self._closed:
                     return
-                artifact = self._queue.popleft()
+                artifact = next(iter(self._wanted.values()))
             start = time.monotonic()
-            error = self._load(artifact)
+            try:
+                error = self._load(artifact)
+            except _Abandoned:
+                continue
             with self._changed:
-                self._loading.discard(artifact.digest)
+                self._wanted.pop(artifact.digest, None)
             self._on_load(Load(artifact, time.monotonic() - start, error))
 
     def _load(self, artifact: Artifact) -> str | None:
         """Makes the program resident, or says in a sentence why not."""
         try:
-            self._place(artifact.digest, self._compile(artifact))
+            pieces = self._compile(artifact)
+            self._make_room(artifact.digest, pieces)
+            self._settle(artifact.digest, self._pools.place(pieces))
         except HatrackError as error:
             return f"its adapter can't be loaded: {error.message}"
+        except _Abandoned:
+            raise
         except Exception:  # one artifact's fault must not end the thread that loads all others
             logger.exception("loading %s failed", artifact.digest)
             return "its adapter can't be loaded"
         return None
 
-    def _place(self, digest: str, pieces: Pieces) -> None:
-        pools = {layer: self._pools.of(layer, piece.rank) for layer, piece in pieces.items()}
-        self._make_room(list(pools.values()))
-        # Only this thread grows and writes pools; a step goes on reading the old stacks meanwhile.
-        self._pools.grow(list(pools.values()))
+    def _settle(self, digest: str, places: Places) -> None:
         with self._changed:
-            slot = Slot(self._loaded, {layer: Place(pool, pool.take()) for layer, pool in pools.items()})
-        try:
-            for layer, place in slot.places.items():
-                place.pool.write(place.row, pieces[layer])
-        except Exception:
-            with self._changed:
-                self._free(slot)
-            raise
-        with self._changed:
-            self._resident[digest] = slot
-            self._loaded += 1
+            if digest in self._wanted:
+                self._resident[digest] = Slot(self._loaded, places)
+                self._loaded += 1
+                return
+        self._pools.free(places.values())
+        raise _Abandoned
 
-    def _make_room(self, pools: list[LowRankPool]) -> None:
-        """Waits until one more row in each of `pools` fits: free rows go first, then idle programs, oldest first.
+    def _make_room(self, digest: str, pieces: Pieces) -> None:
+        """Waits until the pieces fit: free rows go first, then idle programs, oldest first.
 
         While every program is pinned the oldest may not be pinned again, or busy ones would keep the others out for
         good.
         """
-        needed = sum(pool.row_bytes for pool in pools)
+        needed = self._pools.size(pieces)
         if needed > self._pools.budget:
             raise GenerationFailed(f"it takes {needed} bytes, the server's adapter memory holds {self._pools.budget}")
-        with self._changed:
-            while not self._pools.fits(pools):
-                if self._closed:
-                    raise Unavailable("the engine stops")
-                if self._pools.would_fit(pools) and self._compact():
-                    continue
-                if not self._evict_oldest():
+        while not self._pools.fits(pieces):
+            if self._reclaim() or (self._pools.would_fit(pieces) and self._compact()):
+                continue
+            with self._changed:
+                if self._closed or digest not in self._wanted:
+                    raise _Abandoned
+                if not self._evicted and not self._evict_oldest():
                     self._doom_oldest()
                     self._changed.wait()
 
+    def _reclaim(self) -> bool:
+        """Frees the rows of what was evicted; False if nothing was."""
+        with self._changed:
+            evicted, self._evicted = self._evicted, []
+        for slot in evicted:
+            self._pools.free(slot.places.values())
+        return bool(evicted)
+
     def _compact(self) -> bool:
         """Gives the memory of free rows back, where no pinned program lies behind them; False if that gave nothing."""
-        for digest, slot in self._resident.items():
-            if slot.pins == 0:
-                # A new slot, because a step's effects may be kept for the old one.
-                places = {layer: Place(place.pool, place.pool.lower(place.row)) for layer, place in slot.places.items()}
-                self._resident[digest] = Slot(slot.number, places)
+        with self._changed:
+            digests = list(self._resident)
+        for digest in digests:
+            self._move_down(digest)
+        self._reclaim()
         return self._pools.trim()
+
+    def _move_down(self, digest: str) -> None:
+        """Puts an idle program into lower rows; steps that begin meanwhile read it where it is."""
+        with self._changed:
+            old = self._resident.get(digest)
+            if old is None or old.pins:
+                return
+            old.pins += 1  # ours: it can't be evicted under the copy
+        new = Slot(old.number, self._pools.copy_lower(old.places))
+        with self._changed:
+            moved = old.pins == 1 and not old.doomed
+            if moved:
+                self._resident[digest] = new  # where the old one stood in age
+        unused = old if moved else new
+        kept = set((new if moved else old).places.values())
+        self._pools.free(place for place in unused.places.values() if place not in kept)
+        if not moved:
+            self.release(digest)
 
     def _evict_oldest(self) -> bool:
         for digest, slot in self._resident.items():
@@ -203,8 +237,4 @@ class ProgramSlots:
             self.evictions += 1
 
     def _evict(self, digest: str) -> None:
-        self._free(self._resident.pop(digest))
-
-    def _free(self, slot: Slot) -> None:
-        for place in slot.places.values():
-            place.pool.free(place.row)
+        self._evicted.append(self._resident.pop(digest))

@@ -38,11 +38,14 @@ class KVBlocks:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.block_size)
 
-    def can_admit(self, sequence: Sequence) -> bool:
-        """Whether all tokens of a sequence without blocks fit, counting what the prefix cache has of it."""
+    def can_admit(self, sequence: Sequence, *, spare: int = 0) -> bool:
+        """Whether all tokens of a sequence without blocks fit, counting what the prefix cache has of it.
+
+        `spare` blocks must be left over, for running sequences to grow.
+        """
         cached = self._cached_prefix(sequence)
         reclaimed = sum(self._references[block] == 0 for block in cached)
-        return self.needed(len(sequence.tokens)) - len(cached) <= len(self._free) - reclaimed
+        return self.needed(len(sequence.tokens)) - len(cached) + spare <= len(self._free) - reclaimed
 
     def admit(self, sequence: Sequence) -> None:
         """Takes the cached prefix's blocks; sets `blocks` and `computed`. At least one token is left to compute."""

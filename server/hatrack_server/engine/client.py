@@ -33,7 +33,9 @@ from hatrack_server.types import Artifact, BaseInfo, Delta, EngineStats, Generat
 
 logger = logging.getLogger(__name__)
 
-STALL_SECONDS = 60.0  # without a word from a worker that has work, it counts as hung
+# A worker that has work reports every step and load. After so long without a word it counts as not ready, then as hung:
+STALL_SECONDS = 60.0
+HUNG_SECONDS = 600.0  # more than any step takes, since its generations are lost
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # pauses before restarts in a row; the last one repeats
 STOP_SECONDS = 10.0
 REMEMBERED_PROGRAMS = 64  # that a new worker loads before anybody asks for them
@@ -42,8 +44,8 @@ REMEMBERED_PROGRAMS = 64  # that a new worker loads before anybody asks for them
 class EngineClient:
     """Starts the worker, restarts it when it dies, and hands its deltas to whoever waits for them.
 
-    All methods are called from one event loop. When the worker dies, every generation in flight ends at once with
-    Unavailable; it is started again with the programs that were in use.
+    All methods are called from one event loop. When the worker dies or hangs, every generation in flight ends at once
+    with Unavailable; it is started again with the programs that were in use.
     """
 
     def __init__(
@@ -82,8 +84,7 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         """Whether the worker lives with its base loaded, and makes progress while there is work."""
-        silent = time.monotonic() - self._last_word
-        return self._base is not None and self._worker is not None and (not self._streams or silent < STALL_SECONDS)
+        return self._base is not None and self._worker is not None and self._silence < STALL_SECONDS
 
     @property
     def worker_pid(self) -> int | None:
@@ -91,7 +92,10 @@ class EngineClient:
         return self._worker.pid if self._worker else None
 
     async def start(self) -> BaseInfo:
-        """Starts the worker and waits until the base is loaded; raises StartupError when it can't be served."""
+        """Starts the worker and waits until the base is loaded.
+
+        Raises StartupError when it can't be served, Unavailable when the worker dies over it.
+        """
         first: asyncio.Future[BaseInfo] = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise(first))
         return await first
@@ -166,16 +170,18 @@ class EngineClient:
         failures = 0  # in a row
         while True:
             self._served = False
+            error: HatrackError
             try:
-                error = await self._run_one(first) or "the engine's process died"
+                refusal = await self._run_one(first)
+                error = StartupError(refusal) if refusal else Unavailable("the engine's process died")
             except Exception as failure:  # e.g. no memory for another process: the next attempt may find some
                 logger.exception("the engine's process can't be run")
-                error = f"the engine's process can't be run: {failure}"
+                error = Unavailable(f"the engine's process can't be run: {failure}")
             if not first.done():
-                first.set_exception(StartupError(error))
+                first.set_exception(error)
             if first.exception():
                 return
-            logger.error("%s; starting it again", error)
+            logger.error("%s; starting it again", error.message)
             self._on_restart()
             failures = 0 if self._served else failures + 1
             await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
@@ -185,7 +191,7 @@ class EngineClient:
         messages: asyncio.Queue[ToFront | None] = asyncio.Queue()
         worker = self._worker = _WorkerProcess(self._config, messages)
         try:
-            while (message := await messages.get()) is not None:
+            while (message := await self._next_word(worker, messages)) is not None:
                 self._last_word = time.monotonic()
                 match message:
                     case Progress(stage, fraction):
@@ -208,6 +214,21 @@ class EngineClient:
             for stream in self._streams.values():
                 stream.break_off()
             await asyncio.to_thread(worker.stop)
+
+    async def _next_word(self, worker: _WorkerProcess, messages: asyncio.Queue[ToFront | None]) -> ToFront | None:
+        """What the worker says next; None when it is dead, killed if it hangs over its work."""
+        while True:
+            try:
+                return await asyncio.wait_for(messages.get(), HUNG_SECONDS)
+            except TimeoutError:
+                if self._silence >= HUNG_SECONDS:
+                    logger.error("the engine's process hangs, and is killed")
+                    worker.kill()
+
+    @property
+    def _silence(self) -> float:
+        """Seconds since the worker's last word; 0 while it has no work."""
+        return time.monotonic() - self._last_word if self._streams else 0.0
 
     def _deliver(self, deltas: tuple[Delta, ...]) -> None:
         for delta in deltas:
@@ -241,6 +262,10 @@ class _WorkerProcess:
     def send(self, message: ToWorker) -> None:
         """Queues a message; lost if the worker is dead, which its streams learn of anyway."""
         self._outbox.put(message)
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self._process.kill()
 
     def stop(self) -> None:
         """Asks the process to end, and kills it if it doesn't. Blocks."""

@@ -41,9 +41,10 @@ class Work:
 class Scheduler:
     """Continuous batching with chunked prefill, fair across tenants.
 
-    Running sequences come first, decodes before prefills. A waiting one is admitted when it can have KV blocks for all
-    its tokens and its adapter's slot, both or neither; tenants take turns. When a running one finds no block, the
-    youngest is preempted: it gives everything back, and computes its tokens anew when it is admitted again.
+    Running sequences come first, decodes before prefills. A waiting one is admitted when it can have its adapter's slot
+    and KV blocks for all its tokens, with one left over for each running one, or nothing; tenants take turns. When a
+    running one finds no block, the youngest is preempted: it gives everything back, and computes its tokens anew when
+    it is admitted again.
     """
 
     def __init__(self, blocks: KVBlocks, slots: Slots, *, max_rows: int, max_step_tokens: int) -> None:
@@ -164,7 +165,7 @@ class Scheduler:
             for sequence in self._waiting[tenant]:
                 if not self._acquire(sequence):
                     continue
-                if self.blocks.can_admit(sequence):
+                if self.blocks.can_admit(sequence, spare=len(self.running)):
                     self._waiting[tenant] = self._waiting.pop(tenant)  # the next turn is the others'
                     return sequence
                 self._release(sequence)

@@ -52,9 +52,9 @@ class Engine:
 
     def cancel(self, generation_id: int) -> None:
         """Ends a completion without another delta; unknown ids are those that have just ended."""
-        sequence = self._sequences.pop(generation_id, None)
+        sequence = self._sequences.get(generation_id)
         if sequence is not None:
-            self.scheduler.remove(sequence)
+            self._end(sequence)
 
     def load_failed(self, artifact: Artifact, error: str) -> list[Delta]:
         """Ends the completions that wait for a program that can't be loaded.
@@ -184,3 +184,6 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id]
         self.scheduler.remove(sequence)
+        digest = sequence.digest
+        if digest and sequence.admitted is None and not self.scheduler.waiting_for(digest):
+            self.slots.abandon(digest)

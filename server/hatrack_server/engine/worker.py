@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,6 +34,7 @@ from hatrack_server.engine.messages import (
 from hatrack_server.engine.outbox import Outbox
 from hatrack_server.engine.step import Engine
 from hatrack_server.errors import StartupError
+from hatrack_server.logs import configure_logging
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.paged import PagedModel
 from hatrack_server.types import BaseInfo, Delta
@@ -49,7 +48,7 @@ def run_worker(config: EngineConfig, connection: Connection) -> None:
     """The process's main function: loads the base, then steps while there is work."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent drains, then stops us
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging()
     transformers.utils.logging.disable_progress_bar()
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), name="reader", daemon=True).start()
@@ -118,7 +117,9 @@ class Worker:
         while True:
             deltas: list[Delta] = []
             loads: list[float] = []
+            heard = False
             for message in self._mail(stepped=stepped):
+                heard = True
                 match message:
                     case Stop():
                         self._engine.slots.close()
@@ -138,8 +139,9 @@ class Worker:
             before = self._engine.steps
             deltas += self._engine.step()
             stepped = self._engine.steps > before
-            stats = replace(self._engine.stats(stepped=stepped), adapter_loads=tuple(loads))
-            self._outbox.put(Stepped(tuple(deltas), stats))
+            if heard or stepped or deltas:  # silence tells the front process that nothing gets on
+                stats = replace(self._engine.stats(stepped=stepped), adapter_loads=tuple(loads))
+                self._outbox.put(Stepped(tuple(deltas), stats))
 
     def _mail(self, *, stepped: bool) -> Iterator[ToWorker | Load]:
         """What has come; waits for it unless the last step had work, which then the next one has too."""

@@ -53,10 +53,13 @@ def paged_prefill(
     return out.reshape(heads, length, -1).transpose(0, 1)
 
 
-def causal_mask(positions: Tensor, keys: int, window: int | None) -> Tensor:
-    """Which keys 0 … keys-1 the queries at positions[T] may see: bool [T, keys]; `window` counts the query itself."""
-    distance = positions[:, None] - torch.arange(keys, device=positions.device)
-    seen = distance >= 0
+def causal_mask(positions: Tensor, places: Tensor, window: int | None) -> Tensor:
+    """Which keys the queries at positions[T] may see: bool [T, L]; `window` counts the query itself.
+
+    places[T or 1, L] are the positions of the keys; negative ones don't exist.
+    """
+    distance = positions[:, None] - places
+    seen = (distance >= 0) & (places >= 0)
     return seen if window is None else seen & (distance < window)
 
 

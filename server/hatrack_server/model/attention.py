@@ -74,12 +74,12 @@ def paged_attention(
         "sinks": s_aux,
     }
     out = q.new_empty(q.shape[0], q.shape[1], v_pool.shape[-1])
-    if hatrack.decode is not None:
-        d = hatrack.decode
-        out[d.tokens] = paged_decode(q[d.tokens], k_pool, v_pool, d.slots, d.mask(sliding_window), **options)
+    for d in hatrack.decodes:
+        keys = d.keys(sliding_window)
+        out[d.tokens] = paged_decode(q[d.tokens], k_pool, v_pool, keys.slots, keys.mask, **options)
     for p in hatrack.prefills:
-        chunk = slice(p.start, p.stop)
-        out[chunk] = paged_prefill(q[chunk], k_pool, v_pool, p.slots, p.mask(sliding_window), **options)
+        chunk, keys = slice(p.start, p.stop), p.keys(sliding_window)
+        out[chunk] = paged_prefill(q[chunk], k_pool, v_pool, keys.slots, keys.mask, **options)
     return out[None], None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hatrack_server.kernels.paged_attention import causal_mask
+
+SHORT = 256  # keys; up to here, one product over padded rows costs less than several
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +22,32 @@ class Chunk:
     slots: Tensor  # int64 [start + len(tokens)]: where the sequence's keys lie, in order, this chunk's included
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What the queries of one part of a batch may see at one layer."""
+
+    slots: Tensor  # int64 [R, L] for a Decode, [L] for a Prefill
+    mask: Tensor  # bool [R, L] or [T, L]
+
+
 @dataclass(slots=True)
 class Decode:
-    """The chunks of one token, attended together."""
+    """Chunks of one token and of similar lengths, attended together."""
 
     tokens: Tensor  # int64 [R]: their places among the step's tokens
     slots: Tensor  # int64 [R, L], padded with slot 0, which always holds zeros
     positions: Tensor  # int64 [R]
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _keys: dict[int | None, Keys] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """bool [R, L] for a layer with this sliding window; made once per step."""
-        if window not in self.masks:
-            self.masks[window] = causal_mask(self.positions, self.slots.shape[1], window)
-        return self.masks[window]
+    def keys(self, window: int | None) -> Keys:
+        """For a layer with this sliding window, no more than the window; made once per step."""
+        if window not in self._keys:
+            slots, places = self.slots, torch.arange(self.slots.shape[1], device=self.slots.device)[None]
+            if window is not None and window < slots.shape[1]:
+                places = self.positions[:, None] + torch.arange(1 - window, 1, device=slots.device)
+                slots = slots.gather(1, places.clamp(min=0))  # what lies before a row's first key is masked
+            self._keys[window] = Keys(slots, causal_mask(self.positions, places, window))
+        return self._keys[window]
 
 
 @dataclass(slots=True)
@@ -44,13 +58,16 @@ class Prefill:
     stop: int
     slots: Tensor  # int64 [L]
     positions: Tensor  # int64 [T]
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _keys: dict[int | None, Keys] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """bool [T, L] for a layer with this sliding window; made once per step."""
-        if window not in self.masks:
-            self.masks[window] = causal_mask(self.positions, self.slots.shape[0], window)
-        return self.masks[window]
+    def keys(self, window: int | None) -> Keys:
+        """For a layer with this sliding window, no more than its queries see; made once per step."""
+        if window not in self._keys:
+            length, queries = len(self.slots), self.stop - self.start
+            first = 0 if window is None else max(0, length - queries + 1 - window)
+            places = torch.arange(first, length, device=self.slots.device)[None]
+            self._keys[window] = Keys(self.slots[first:], causal_mask(self.positions, places, window))
+        return self._keys[window]
 
 
 @dataclass(slots=True)
@@ -61,7 +78,7 @@ class Batch:
     positions: Tensor  # int64 [T]
     write_slots: Tensor  # int64 [T]: where each token's key and value go
     last_tokens: Tensor  # int64 [chunks]: the place of each chunk's last token, whose logits are wanted
-    decode: Decode | None
+    decodes: list[Decode]
     prefills: list[Prefill]
 
 
@@ -70,7 +87,7 @@ def build_batch(chunks: Sequence[Chunk], device: torch.device) -> Batch:
     lengths = [len(chunk.tokens) for chunk in chunks]
     ends = torch.tensor(lengths).cumsum(0)
     positions = torch.cat([torch.arange(c.start, c.start + len(c.tokens)) for c in chunks])
-    decode_of = [i for i, length in enumerate(lengths) if length == 1]
+    single = [(chunk, int(end) - 1) for chunk, end in zip(chunks, ends, strict=True) if len(chunk.tokens) == 1]
     prefills = [
         Prefill(
             start=int(ends[i]) - length,
@@ -86,12 +103,25 @@ def build_batch(chunks: Sequence[Chunk], device: torch.device) -> Batch:
         positions=positions.to(device),
         write_slots=torch.cat([chunk.slots[chunk.start :] for chunk in chunks]).to(device),
         last_tokens=(ends - 1).to(device),
-        decode=_decode([chunks[i] for i in decode_of], (ends[decode_of] - 1), device) if decode_of else None,
+        decodes=[_decode(group, device) for group in _similar(single)],
         prefills=prefills,
     )
 
 
-def _decode(chunks: Sequence[Chunk], tokens: Tensor, device: torch.device) -> Decode:
-    slots = torch.nn.utils.rnn.pad_sequence([chunk.slots for chunk in chunks], batch_first=True)
-    positions = torch.tensor([chunk.start for chunk in chunks])
+def _similar(single: Iterable[tuple[Chunk, int]]) -> Iterator[list[tuple[Chunk, int]]]:
+    """Groups whose padding never doubles what is read, short ones apart: one long row must not slow down the others."""
+    group: list[tuple[Chunk, int]] = []
+    for chunk, token in sorted(single, key=lambda found: len(found[0].slots)):
+        if group and len(chunk.slots) > max(SHORT, 2 * len(group[0][0].slots)):
+            yield group
+            group = []
+        group.append((chunk, token))
+    if group:
+        yield group
+
+
+def _decode(group: Sequence[tuple[Chunk, int]], device: torch.device) -> Decode:
+    slots = torch.nn.utils.rnn.pad_sequence([chunk.slots for chunk, _ in group], batch_first=True)
+    positions = torch.tensor([chunk.start for chunk, _ in group])
+    tokens = torch.tensor([token for _, token in group])
     return Decode(tokens.to(device), slots.to(device), positions.to(device))

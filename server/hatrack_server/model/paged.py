@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from bitsandbytes.nn import Params4bit
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
 from hatrack_server.config import EngineConfig
@@ -23,7 +24,8 @@ DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 class PagedModel:
     """A causal LM that computes ragged batches over a paged KV pool.
 
-    linears: the layers that adapters may target. head: the one of them that sees each chunk's last token only.
+    linears: the layers that adapters may target. head: the one of them, if any, that sees each chunk's
+    last token only.
     kv_slots: tokens that the pool holds, its zero block included.
     """
 
@@ -42,7 +44,8 @@ class PagedModel:
         self.config: PretrainedConfig = self._model.config.get_text_config()
         self.dtype: torch.dtype = self._model.dtype
         self.block_size = config.block_size
-        self.head = _name_of(self._model.get_output_embeddings(), self._model)
+        head = self._model.get_output_embeddings()
+        self.head = next((name for name, module in self._model.named_modules() if module is head), None)
         self._effects = Effects()
         self.linears = wrap_linears(self._model, self._effects, packed=config.packed)
         progress("allocating the KV cache", 0.6)
@@ -113,6 +116,20 @@ class PagedModel:
         """transformers' own attention on ids[T], without the pool: float32 logits [1, vocab] of the last token."""
         return self._eagerly(ids, None)
 
+    @contextmanager
+    def narrow_windows(self, tokens: int) -> Iterator[None]:
+        """Makes every sliding window at most so many tokens, and gives it its own width back."""
+        # Some modelling code reads the configuration at every pass, some what a layer took from it when it was made.
+        holders = [h for h in (self.config, *self._model.modules()) if getattr(h, "sliding_window", None)]
+        widths = [h.sliding_window for h in holders]
+        for holder, width in zip(holders, widths, strict=True):
+            holder.sliding_window = min(width, tokens)
+        try:
+            yield
+        finally:
+            for holder, width in zip(holders, widths, strict=True):
+                holder.sliding_window = width
+
     def clear_kv(self) -> None:
         """Zeroes the whole pool."""
         for pool in (*self._kv.keys, *self._kv.values):
@@ -136,10 +153,6 @@ class PagedModel:
         finally:
             self._model.set_attn_implementation(PAGED)
         return out.logits[0].float()
-
-
-def _name_of(wanted: nn.Module, model: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def scale_bytes(weight: Params4bit) -> int:

@@ -40,7 +40,7 @@ class AdaptedLinear(nn.Module):
         y = nf4_linear(x, self.base)
         effect = self._effects.by_layer.get(self.name)
         if effect is not None:
-            effect(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]))
+            effect(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))  # y is ours and contiguous, x is the model's
         return y
 
     @property

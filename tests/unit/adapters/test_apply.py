@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hatrack_server.adapters.apply import BatchEffects
 from hatrack_server.adapters.pieces import LowRank
-from hatrack_server.adapters.pools import Place, Pools
+from hatrack_server.adapters.pools import Pools
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.types import LinearShape
 
@@ -41,14 +41,8 @@ class Programs:
                 )
                 for layer, rank in ranks.items()
             }
-            places = {}
-            for layer, piece in pieces.items():
-                pool = pools.of(layer, piece.rank)
-                pools.grow([pool])
-                places[layer] = Place(pool, pool.take())
-                pool.write(places[layer].row, piece)
             self.pieces.append(pieces)
-            self.slots.append(Slot(number, places))
+            self.slots.append(Slot(number, pools.place(pieces)))
 
     def rows(self, rows: Rows) -> list[tuple[Slot | None, int]]:
         return [(None if n is None else self.slots[n], count) for n, count in rows]

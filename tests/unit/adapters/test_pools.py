@@ -9,6 +9,7 @@ from hatrack_server.types import LinearShape
 
 SHAPE = LinearShape(out_features=5, in_features=3)
 CPU = torch.device("cpu")
+DOWN = LowRank(torch.ones(3, 5), torch.ones(3, 3))
 BYTES_OF_RANK = SHAPE.out_features + SHAPE.in_features  # values; float32 below
 
 
@@ -63,17 +64,18 @@ def test_a_lower_rank_is_padded_with_zeros_over_whatever_was_there(pool: LowRank
     assert (pool.b[row, 3:] == 0).all()
 
 
-def test_a_row_moves_to_the_lowest_free_one_with_its_content(pool: LowRankPool) -> None:
+def test_a_row_is_copied_to_the_lowest_free_one(pool: LowRankPool) -> None:
     pool.grow(4)
     for row in range(3):
         pool.write(pool.take(), piece(4, float(row)))
-    assert pool.lower(1) == 1  # the one free row lies behind it
+    assert pool.copy_lower(1) == 1  # the one free row lies behind it
     pool.free(0)
-    assert pool.lower(2) == 0
-    assert (pool.a[0] == 2.0).all()
-    assert (pool.b[0] == -2.0).all()
-    assert (pool.taken, pool.take(), pool.take()) == (2, 2, 3)
-    assert pool.lower(1) == 1
+    assert pool.copy_lower(2) == 0
+    for row in (0, 2):  # a reader of the old row meets it as it was
+        assert (pool.a[row] == 2.0).all()
+        assert (pool.b[row] == -2.0).all()
+    assert (pool.taken, pool.take()) == (3, 3)
+    assert pool.copy_lower(1) == 1
 
 
 def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: LowRankPool) -> None:
@@ -99,46 +101,50 @@ def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: LowRankPool) -
 
 def test_ranks_of_one_class_share_a_pool() -> None:
     all_pools = pools(budget=10_000)
-    assert all_pools.of("up", 5) is all_pools.of("up", 8)
-    assert all_pools.of("up", 4) is not all_pools.of("up", 8)
-    assert all_pools.of("down", 8) is not all_pools.of("up", 8)
+    five, eight, four = (all_pools.place({"up": piece(rank, 1.0)})["up"].pool for rank in (5, 8, 4))
+    assert five is eight
+    assert five is not four
+    assert all_pools.place({"down": DOWN})["down"].pool is not four
 
 
 def test_bytes_are_those_of_the_stacks() -> None:
     all_pools = pools(budget=100_000)
-    chosen = [all_pools.of("up", 8), all_pools.of("down", 3)]
-    all_pools.grow(chosen)
-    assert all_pools.bytes == sum(pool.a.nbytes + pool.b.nbytes for pool in chosen)
-    assert all_pools.bytes == sum(pool.capacity * pool.row_bytes for pool in chosen)
+    pieces = {"up": piece(8, 1.0), "down": DOWN}
+    places = all_pools.place(pieces)
+    stacks = [place.pool for place in places.values()]
+    assert all_pools.bytes == all_pools.size(pieces) == sum(pool.a.nbytes + pool.b.nbytes for pool in stacks)
 
 
 def test_growing_is_generous_within_the_budget_and_exact_at_its_end() -> None:
     row = 8 * BYTES_OF_RANK * 4
     all_pools = pools(budget=7 * row)
-    pool = all_pools.of("up", 8)
     sizes = []
-    while all_pools.fits([pool]):
-        all_pools.grow([pool])
-        pool.take()
-        sizes.append(pool.capacity)
+    while all_pools.fits({"up": piece(8, 1.0)}):
+        sizes.append(all_pools.place({"up": piece(8, 1.0)})["up"].pool.capacity)
         assert all_pools.bytes <= all_pools.budget
     assert sizes == [1, 2, 4, 4, 7, 7, 7]
 
 
 def test_a_free_row_fits_whatever_the_budget() -> None:
-    row = 8 * BYTES_OF_RANK * 4
-    all_pools = pools(budget=row)
-    up, down = all_pools.of("up", 8), all_pools.of("down", 8)
-    all_pools.grow([up])
-    assert all_pools.fits([up])
-    assert not all_pools.fits([up, down])
-    taken = up.take()
-    assert not all_pools.fits([up])
-    assert not all_pools.would_fit([down])
+    up, down = {"up": piece(8, 1.0)}, {"down": LowRank(torch.zeros(8, 5), torch.zeros(8, 3))}
+    all_pools = pools(budget=8 * BYTES_OF_RANK * 4)
+    places = all_pools.place(up)
+    assert not all_pools.fits(up)
+    assert not all_pools.would_fit(down)
     assert not all_pools.trim()
-    up.free(taken)
-    assert not all_pools.fits([down])
-    assert all_pools.would_fit([down])
+    all_pools.free(places.values())
+    assert all_pools.fits(up)
+    assert not all_pools.fits(up | down)
+    assert not all_pools.fits(down)
+    assert all_pools.would_fit(down)
     assert all_pools.trim()
     assert all_pools.bytes == 0
-    assert all_pools.fits([down])
+    assert all_pools.fits(down)
+
+
+def test_a_piece_that_does_not_fit_its_layer_leaves_no_row_taken() -> None:
+    all_pools = pools(budget=10_000)
+    with pytest.raises(RuntimeError):
+        all_pools.place({"up": piece(8, 1.0), "down": piece(8, 1.0)})
+    assert all_pools.trim()
+    assert all_pools.bytes == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hatrack_server.adapters.pieces import LowRank, Pieces
-from hatrack_server.adapters.pools import Pools
+from hatrack_server.adapters.pools import Places, Pools
 from hatrack_server.adapters.slots import Load, ProgramSlots
 from hatrack_server.errors import InvalidArtifact
 from hatrack_server.types import Artifact, LinearShape
@@ -372,3 +372,97 @@ def test_bytes_can_be_asked_for_while_new_pools_are_made(rack: Callable[[int], R
     r.request(*digests)
     while r.ended.qsize() < len(digests):
         assert 0 <= r.slots.bytes <= r.budget
+
+
+def test_a_load_that_nobody_wants_any_more_comes_to_nothing(rack: Callable[[int], Rack]) -> None:
+    r = rack(2)
+    r.gate.clear()
+    r.request("a", "b", "c")
+    r.slots.abandon("a")  # begun
+    r.slots.abandon("b")  # queued
+    r.slots.abandon("never asked for")
+    r.gate.set()
+    assert r.loaded().artifact.digest == "c"
+    assert r.resident("a", "b", "c") == ["c"]
+    r.load("d")  # "a" holds no row
+    assert r.slots.evictions == 0
+
+
+def test_abandoning_ends_a_wait_for_room(rack: Callable[[int], Rack]) -> None:
+    r = rack(1)
+    r.load("a")
+    assert r.slots.acquire("a")
+    r.request("b")
+    assert r.waits()
+    r.slots.abandon("b")
+    r.slots.release("a")
+    r.load("c")
+    assert "b" not in r.resident("a", "b", "c")
+
+
+def test_forgetting_during_a_load_leaves_nothing_resident(rack: Callable[[int], Rack]) -> None:
+    r = rack(2)
+    r.gate.clear()
+    r.request("a")
+    r.slots.forget("a")
+    r.gate.set()
+    r.load("b")
+    assert r.resident("a", "b") == ["b"]
+
+
+class SlowPools(Pools):
+    """Pools whose compaction stops half-way."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(LAYERS, torch.float32, torch.device("cpu"), budget)
+        self.copying = threading.Event()
+        self.go_on = threading.Event()
+
+    def copy_lower(self, places: Places) -> Places:
+        copied = super().copy_lower(places)
+        self.copying.set()
+        assert self.go_on.wait(PATIENCE_SECONDS)
+        return copied
+
+
+@pytest.mark.parametrize("meanwhile", ["used", "forgotten", "left alone"])
+def test_compaction_holds_nobody_up(meanwhile: str) -> None:
+    pools = SlowPools(4 * ROW_BYTES)
+    ended: queue.SimpleQueue[Load] = queue.SimpleQueue()
+
+    def compiled(wanted: Artifact) -> Pieces:
+        rank = 2 if wanted.digest == "wide" else 1
+        value = float(ord(wanted.digest[0]))
+        return {name: LowRank(torch.full((rank, s.in_features), value), torch.zeros(rank, s.out_features))
+                for name, s in LAYERS.items()}  # fmt: skip
+
+    slots = ProgramSlots(pools, compiled, ended.put)
+    try:
+        for digest in "abcd":
+            slots.request(artifact(digest))
+            assert ended.get(timeout=PATIENCE_SECONDS).error is None
+        slots.forget("a")
+        slots.forget("b")
+        slots.request(artifact("wide"))
+        assert pools.copying.wait(PATIENCE_SECONDS)  # "c" is being copied into the lowest row
+        match meanwhile:
+            case "used":
+                assert slots.acquire("c")  # at once, where it is
+                before = slots["c"]
+            case "forgotten":
+                slots.forget("c")
+        pools.go_on.set()
+        if meanwhile == "used":
+            slots.request(artifact("e"))
+            assert slots["c"] is before
+            assert before.places["up"].pool.a[before.places["up"].row].unique().tolist() == [float(ord("c"))]
+            slots.release("c")
+        assert ended.get(timeout=PATIENCE_SECONDS).error is None
+        assert slots.acquire("wide")
+        assert slots.acquire("d")
+        place = slots["d"].places["up"]
+        assert place.pool.a[place.row].unique().tolist() == [float(ord("d"))]
+        assert slots.acquire("c") == (meanwhile != "forgotten")
+    finally:
+        pools.go_on.set()
+        slots.close()

@@ -151,7 +151,7 @@ def test_a_program_that_was_evicted_meanwhile_is_asked_for_again(new_sequence: N
 
 def test_a_sequence_without_room_pins_nothing_and_keeps_its_turn(new_sequence: NewSequence) -> None:
     slots = Residency("d")
-    s = scheduler(slots, blocks=4)
+    s = scheduler(slots, blocks=5)
     first, big, small = new_sequence(9), new_sequence(9, digest="d", tenant="b"), new_sequence(1, tenant="c")
     for sequence in (first, big, small):
         s.add(sequence)
@@ -163,7 +163,7 @@ def test_a_sequence_without_room_pins_nothing_and_keeps_its_turn(new_sequence: N
 
 def test_the_youngest_is_preempted_and_computes_its_tokens_anew(new_sequence: NewSequence) -> None:
     slots = Residency("d")
-    s = scheduler(slots, blocks=4)
+    s = scheduler(slots, blocks=5)
     old, young = new_sequence(8), new_sequence(8, digest="d")
     s.add(old)
     s.add(young)
@@ -172,12 +172,25 @@ def test_the_youngest_is_preempted_and_computes_its_tokens_anew(new_sequence: Ne
     assert (s.preemptions, s.running, young.blocks, young.generated) == (1, [old], [], 1)
     assert not +slots.pins
     s.remove(old)
-    assert step(s) == [(young, 5)]  # its first block was still there
+    assert step(s) == [(young, 1)]  # its blocks were still there
     assert young.cached_tokens == 0  # what the prompt found at first
 
 
-def test_a_preempted_sequence_is_first_of_its_tenant(new_sequence: NewSequence) -> None:
+def test_running_sequences_keep_room_to_grow(new_sequence: NewSequence) -> None:
+    """One that took the last blocks would be preempted as soon as the others need one."""
     s = scheduler(Residency(), blocks=4)
+    old, young = new_sequence(8), new_sequence(8)
+    s.add(old)
+    s.add(young)
+    for _ in range(4):
+        assert [sequence for sequence, _ in step(s)] == [old]
+    s.remove(old)
+    assert [sequence for sequence, _ in step(s)] == [young]
+    assert s.preemptions == 0
+
+
+def test_a_preempted_sequence_is_first_of_its_tenant(new_sequence: NewSequence) -> None:
+    s = scheduler(Residency(), blocks=5)
     old, young, later = new_sequence(8), new_sequence(8), new_sequence(1)
     for sequence in (old, young):
         s.add(sequence)
@@ -189,7 +202,7 @@ def test_a_preempted_sequence_is_first_of_its_tenant(new_sequence: NewSequence) 
 
 
 def test_admission_is_timed_once(new_sequence: NewSequence) -> None:
-    s = scheduler(Residency(), blocks=4)
+    s = scheduler(Residency(), blocks=5)
     old, young = new_sequence(8), new_sequence(8)
     s.add(old)
     s.add(young)

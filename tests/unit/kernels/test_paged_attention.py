@@ -60,7 +60,7 @@ def test_decode_equals_plain_attention(option: str, heads: int, kv_heads: int, w
     (k, v), lengths = pools(kv_heads), [1, 17, 5, 9]
     q, slots = queries(len(lengths), heads), scattered(lengths)
     padded = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True)
-    mask = causal_mask(torch.tensor(lengths) - 1, padded.shape[1], window)
+    mask = causal_mask(torch.tensor(lengths) - 1, torch.arange(padded.shape[1])[None], window)
     found = paged_decode(q, k, v, padded, mask, scale=SCALE, softcap=softcap, sinks=sinks)
     for row, own in enumerate(slots):
         seen = own[-window:] if window else own
@@ -76,7 +76,7 @@ def test_prefill_equals_plain_attention(option: str, heads: int, kv_heads: int, 
     start, length = 6, 7
     (k, v), q = pools(kv_heads), queries(length, heads)
     [slots] = scattered([start + length])
-    mask = causal_mask(torch.arange(start, start + length), start + length, window)
+    mask = causal_mask(torch.arange(start, start + length), torch.arange(start + length)[None], window)
     found = paged_prefill(q, k, v, slots, mask, scale=SCALE, softcap=softcap, sinks=sinks)
     for token in range(length):
         seen = slots[: start + token + 1]
@@ -91,7 +91,7 @@ def test_a_poisoned_sequence_stays_alone(option: str) -> None:
     (k, v), lengths = pools(2), [4, 11, 6]
     q, slots = queries(3, 4), scattered(lengths)
     padded = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True)
-    mask = causal_mask(torch.tensor(lengths) - 1, padded.shape[1], None)
+    mask = causal_mask(torch.tensor(lengths) - 1, torch.arange(padded.shape[1])[None], None)
     clean = paged_decode(q, k, v, padded, mask, scale=SCALE, softcap=softcap, sinks=sinks)
     k[slots[1]], v[slots[1]] = math.nan, math.inf
     found = paged_decode(q, k, v, padded, mask, scale=SCALE, softcap=softcap, sinks=sinks)
@@ -103,7 +103,7 @@ def test_half_precision_stays_half() -> None:
     (k, v), [slots] = pools(2), scattered([9])
     q = queries(1, 4)
     for softcap in (None, 5.0):
-        mask = causal_mask(torch.tensor([8]), 9, None)
+        mask = causal_mask(torch.tensor([8]), torch.arange(9)[None], None)
         halves = paged_decode(q.bfloat16(), k.bfloat16(), v.bfloat16(), slots[None], mask, scale=SCALE, softcap=softcap)
         assert halves.dtype is torch.bfloat16
         wanted = attend(q[0], k[slots], v[slots], softcap, None)
@@ -111,6 +111,12 @@ def test_half_precision_stays_half() -> None:
 
 
 def test_the_mask_is_causal_and_the_window_counts_the_query() -> None:
-    positions = torch.tensor([0, 3])
-    assert causal_mask(positions, 4, None).tolist() == [[True, False, False, False], [True] * 4]
-    assert causal_mask(positions, 4, 2).tolist() == [[True, False, False, False], [False, False, True, True]]
+    positions, places = torch.tensor([0, 3]), torch.arange(4)[None]
+    assert causal_mask(positions, places, None).tolist() == [[True, False, False, False], [True] * 4]
+    assert causal_mask(positions, places, 2).tolist() == [[True, False, False, False], [False, False, True, True]]
+
+
+def test_the_mask_of_rows_that_have_keys_of_their_own() -> None:
+    places = torch.tensor([[-1, 0], [2, 3]])
+    assert causal_mask(torch.tensor([0, 3]), places, None).tolist() == [[False, True], [True, True]]
+    assert causal_mask(torch.tensor([0, 3]), places, 1).tolist() == [[False, True], [False, True]]

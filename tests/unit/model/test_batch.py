@@ -39,35 +39,51 @@ def test_each_token_is_written_at_its_own_position(batch: Batch) -> None:
 
 
 def test_chunks_of_one_token_decode_together(batch: Batch) -> None:
-    assert batch.decode is not None
-    assert batch.decode.tokens.tolist() == [3, 6]
-    assert batch.decode.positions.tolist() == [5, 0]
-    assert batch.decode.slots.tolist() == [[40, 39, 38, 37, 36, 35], [80, 0, 0, 0, 0, 0]]
-    assert batch.decode.mask(None).tolist() == [[True] * 6, [True] + [False] * 5]
-    assert batch.decode.mask(2).tolist() == [[False] * 4 + [True] * 2, [True] + [False] * 5]
+    [decode] = batch.decodes
+    assert decode.tokens.tolist() == [6, 3]
+    assert decode.positions.tolist() == [0, 5]
+    everything, window = decode.keys(None), decode.keys(2)
+    assert everything.slots.tolist() == [[80, 0, 0, 0, 0, 0], [40, 39, 38, 37, 36, 35]]
+    assert everything.mask.tolist() == [[True] + [False] * 5, [True] * 6]
+    assert window.slots.tolist() == [[80, 80], [36, 35]]
+    assert window.mask.tolist() == [[False, True], [True, True]]
+    assert decode.keys(6).slots is decode.keys(None).slots
 
 
 def test_longer_chunks_are_attended_alone(batch: Batch) -> None:
     first, second = batch.prefills
     assert (first.start, first.stop, second.start, second.stop) == (0, 3, 4, 6)
-    assert first.slots.tolist() == [20, 19, 18]
-    assert second.slots.tolist() == [60, 59, 58, 57, 56, 55]
     assert second.positions.tolist() == [4, 5]
-    assert first.mask(None).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
-    assert second.mask(3).tolist() == [[False, False, True, True, True, False], [False, False, False, True, True, True]]
+    assert first.keys(None).slots.tolist() == [20, 19, 18]
+    assert first.keys(None).mask.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert second.keys(None).slots.tolist() == [60, 59, 58, 57, 56, 55]
+    assert second.keys(3).slots.tolist() == [58, 57, 56, 55]
+    assert second.keys(3).mask.tolist() == [[True, True, True, False], [False, True, True, True]]
+    assert second.keys(9).slots.tolist() == second.keys(None).slots.tolist()
 
 
-def test_masks_are_made_once(batch: Batch) -> None:
-    assert batch.decode is not None
-    for part in (batch.decode, *batch.prefills):
-        assert part.mask(None) is part.mask(None)
-        assert part.mask(2) is part.mask(2)
-        assert part.mask(2) is not part.mask(3)
+def test_keys_are_found_once(batch: Batch) -> None:
+    for part in (*batch.decodes, *batch.prefills):
+        assert part.keys(None) is part.keys(None)
+        assert part.keys(2) is part.keys(2)
+        assert part.keys(2) is not part.keys(3)
 
 
 def test_decodes_alone_and_prefills_alone() -> None:
     decodes = build_batch([chunk(3, [1], first_slot=9), chunk(1, [2], first_slot=19)], CPU)
     assert decodes.prefills == []
     prefill = build_batch([chunk(0, [1, 2], first_slot=9)], CPU)
-    assert prefill.decode is None
+    assert prefill.decodes == []
     assert prefill.last_tokens.tolist() == [1]
+
+
+def test_a_long_row_does_not_pad_the_others() -> None:
+    lengths = [9, 5000, 200, 700, 90, 1200, 2400]
+    batch = build_batch([chunk(length - 1, [1], first_slot=10_000) for length in lengths], CPU)
+    assert [[lengths[token] for token in decode.tokens] for decode in batch.decodes] == [
+        [9, 90, 200],
+        [700, 1200],
+        [2400],
+        [5000],
+    ]
+    assert [decode.slots.shape for decode in batch.decodes] == [(3, 200), (2, 1200), (1, 2400), (1, 5000)]

@@ -79,5 +79,5 @@ def describe(
 def compile(  # noqa: A001 - it is what this does
     config: dict[str, Any], tensors: Mapping[str, Tensor], base_linears: Mapping[str, LinearShape]
 ) -> Pieces:
-    """The artifact's pieces by layer, from its tensors in float32; raises what `describe` raises."""
+    """The pieces by layer of an artifact that `describe` let pass, from its tensors in whatever precision they have."""
     return method_of(config).compile(config, tensors, base_linears)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PEFT_TYPE = "LORA"
 PREFIX = "base_model.model."
+A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
 FLOAT32_MAX = 3.4028234663852886e38
@@ -58,12 +59,12 @@ class LoraTarget:
     @property
     def a_key(self) -> str:
         """The key of A, (rank, in_features)."""
-        return f"{PREFIX}{self.module}.lora_A.weight"
+        return f"{PREFIX}{self.module}{A_SUFFIX}"
 
     @property
     def b_key(self) -> str:
         """The key of B, (out_features, rank)."""
-        return f"{PREFIX}{self.module}.lora_B.weight"
+        return f"{PREFIX}{self.module}{B_SUFFIX}"
 
 
 def describe(
@@ -102,7 +103,8 @@ def targets(
     modules = matched_modules(config, base_linears, budget)
     ranks = ModulePatterns(config, "rank_pattern", budget)
     alphas = ModulePatterns(config, "alpha_pattern", budget)
-    adapted = [_target(config, module, ranks, alphas) for module in modules]
+    default = config.get("r", DEFAULT_RANK)
+    adapted = [_target(config, module, ranks.value(module, default), alphas) for module in modules]
     _check_tensors(adapted, headers, base_linears)
     return adapted
 
@@ -119,8 +121,7 @@ def _check_served(config: Mapping[str, Any]) -> None:
         raise InvalidArtifact(config_field("init_lora_weights"), message)
 
 
-def _target(config: Mapping[str, Any], module: str, ranks: ModulePatterns, alphas: ModulePatterns) -> LoraTarget:
-    rank = ranks.value(module, config.get("r", DEFAULT_RANK))
+def _target(config: Mapping[str, Any], module: str, rank: Any, alphas: ModulePatterns) -> LoraTarget:
     if type(rank) is not int or rank < 1:
         raise InvalidArtifact(config_field("r"), f"the rank of {module} must be a positive integer")
     alpha = alphas.value(module, config.get("lora_alpha", DEFAULT_ALPHA))
@@ -170,13 +171,20 @@ def _why_unexpected(key: str, base_linears: Mapping[str, LinearShape]) -> str:
 
 
 def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any], tensors: Mapping[str, Tensor], base_linears: Mapping[str, LinearShape]
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    base_linears: Mapping[str, LinearShape],  # noqa: ARG001 - described and checked before
 ) -> Pieces:
-    """One low-rank piece per adapted module, the scale folded into B; see `targets` for the errors."""
+    """One low-rank piece per adapted module, the scale folded into B.
+
+    Which modules those are the tensors' names tell, so that a tenant's patterns are not matched again at each load.
+    """
     from hatrack_server.adapters.pieces import LowRank
 
-    headers = {key: TensorHeader("F32", tuple(tensor.shape)) for key, tensor in tensors.items()}
-    return {
-        target.module: LowRank(tensors[target.a_key], target.scale * tensors[target.b_key].mT)
-        for target in targets(config, headers, base_linears)
-    }
+    alphas = ModulePatterns(config, "alpha_pattern", Budget())
+    pieces: dict[str, LowRank] = {}
+    for key, a in tensors.items():
+        if key.endswith(A_SUFFIX):
+            target = _target(config, key.removeprefix(PREFIX).removesuffix(A_SUFFIX), a.shape[0], alphas)
+            pieces[target.module] = LowRank(a, target.scale * tensors[target.b_key].float().mT)
+    return pieces
