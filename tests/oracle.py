@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hatrack_server.kernels.nf4_linear import dequantized
 from hatrack_server.model.load import load_base
 
 NOISE = 0.1  # standard deviation of random adapter weights
@@ -18,11 +20,22 @@ NOISE = 0.1  # standard deviation of random adapter weights
 
 def make_adapter(base: PreTrainedModel, path: Path, *, seed: int, **config: Any) -> Path:
     """Saves a LoRA adapter with random, non-zero weights through PEFT itself; leaves `base` as it was."""
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
+    return save_adapter(base, path, LoraConfig(task_type="CAUSAL_LM", **config), seed=seed)
+
+
+def save_adapter(base: PreTrainedModel, path: Path, config: PeftConfig, *, seed: int, noise: float = NOISE) -> Path:
+    """Saves an adapter of any method with random weights through PEFT itself; leaves `base` as it was.
+
+    Vectors that scale something are random about 1, everything else about 0.
+    """
+    model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * NOISE
+        if model.prefix in name:
+            random = torch.randn(parameter.shape, generator=generator) * noise
+            parameter.data = 1 + random if "ia3_l" in name else random
+            if "lora_magnitude_vector" in name:
+                parameter.data = parameter.data.abs() + 1
     model.save_pretrained(path, save_embedding_layers=False)
     _take_off(model)
     return path
@@ -32,20 +45,36 @@ class Oracle:
     """The base, loaded anew without our wrappers, with PEFT's adapters on it one at a time."""
 
     def __init__(self, checkpoint: Path, *, quantization: str, dtype: torch.dtype, packed: bool) -> None:
-        self.base = load_base(
-            checkpoint, quantization=quantization, dtype=dtype, device="cpu", attn_implementation="eager"
+        self._load = functools.partial(
+            load_base, checkpoint, quantization=quantization, dtype=dtype, device="cpu", attn_implementation="eager"
         )
+        self.base = self._load()
         for module in self.base.modules():
             if isinstance(module, Linear4bit) and not packed:
                 module.support_avx512bf16_for_cpu = False
 
+    @functools.cached_property
+    def plain(self) -> PreTrainedModel:
+        """The same base with its NF4 weights dequantised, in plain linear layers."""
+        base = self._load()
+        for name, layer in list(base.named_modules()):
+            if isinstance(layer, Linear4bit):
+                parent, _, child = name.rpartition(".")
+                plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                plain.weight.data = dequantized(layer).to(base.dtype)
+                if layer.bias is not None:
+                    plain.bias.data = layer.bias.data.to(base.dtype)
+                setattr(base.get_submodule(parent), child, plain.requires_grad_(False))
+        base.is_loaded_in_4bit = False
+        return base.eval()
+
     @torch.inference_mode()
-    def logits(self, adapter: Path | None, tokens: list[int]) -> Tensor:
+    def logits(self, adapter: Path | None, tokens: list[int], *, plain: bool = False) -> Tensor:
         """Teacher-forced float32 logits [len(tokens), vocab] with `adapter` (None: the bare base)."""
-        ids = torch.tensor([tokens])
+        ids, base = torch.tensor([tokens]), self.plain if plain else self.base
         if adapter is None:
-            return self.base(ids).logits[0].float()
-        model = PeftModel.from_pretrained(self.base, adapter).eval()
+            return base(ids).logits[0].float()
+        model = PeftModel.from_pretrained(base, adapter).eval()
         try:
             return model(ids).logits[0].float()
         finally:

@@ -105,7 +105,7 @@ class ProgramSpec:
     method: str  # as PEFT spells it, e.g. "LORA"
     rank: int  # the highest of any module
     parameters: int
-    resident_bytes: int  # in the dtype that the files hold
+    resident_bytes: int  # when it is served by a base that computes in 16 bits
     tensors: dict[str, tuple[int, ...]] = field(repr=False)  # every expected key with its exact shape
 
 

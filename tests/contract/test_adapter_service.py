@@ -87,7 +87,7 @@ def without(files: dict[str, bytes], name: str) -> dict[str, bytes]:
         ([*upload("tone", lora()), pb.UploadAdapterRequest(chunk=b"x")], "chunk"),
         ([header("tone", lora())], CONFIG_FILE),
         ([header("tone", lora(fill=1)), *list(upload("tone", lora(fill=2)))[1:]], WEIGHTS_FILE),
-        (list(upload("tone", lora(peft_type="LOHA"))), f"{CONFIG_FILE}: peft_type"),
+        (list(upload("tone", lora(peft_type="POLY"))), f"{CONFIG_FILE}: peft_type"),
         (list(upload("tone", lora(fill=float("nan")))), None),
         # What a refusal quotes must neither break the status nor outgrow a header.
         (list(upload("tone", lora(**{"\ud800": 1}))), None),

@@ -76,12 +76,12 @@ def test_positions_that_depend_on_the_batch_are_refused(rope: dict[str, Any], tm
 
 
 def test_other_families_are_served(tmp_path: Path) -> None:
-    assert paged(any_checkpoint(tmp_path / "gpt2", "gpt2", vocab_size=320, **TINY_HEADS)).linears.keys() >= {
+    assert paged(any_checkpoint(tmp_path / "gpt2", "gpt2", vocab_size=320, **TINY_HEADS)).layers.shapes.keys() >= {
         "transformer.h.1.mlp.c_fc"
     }
     neox = {key: SHAPE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     model = paged(any_checkpoint(tmp_path / "neox", "gpt_neox", num_attention_heads=4, **neox))
-    assert "gpt_neox.layers.0.attention.query_key_value" in model.linears
+    assert "gpt_neox.layers.0.attention.query_key_value" in model.layers.shapes
 
 
 def test_nf4_on_disk_is_taken_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:

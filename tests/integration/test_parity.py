@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from inprocess import InProcess, tokens
-from oracle import Oracle, make_adapter
-from tiny import FAMILIES, make_checkpoint
-from torch import Tensor
-
-from hatrack_server.config import EngineConfig
-from hatrack_server.engine import step
-from hatrack_server.model.paged import PagedModel
+from oracle import Oracle, make_adapter, save_adapter
+from parity import PRECISIONS, Case, assert_rows_equal_peft, make_case
+from tiny import FAMILIES
+from zoo import NOISE, NOT_ON_NF4, NOT_ON_PACKED_NF4, ZOO
 
 # PEFT is right to warn whoever would merge such an adapter; here the head alone is adapted.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 
-# bfloat16 has 8 bits: an absolute tolerance of 2e-2 means something only where logits are about 1.
-INITIALIZER_RANGE = 0.03
-PRECISIONS = {"float32": (torch.float32, False, 1e-4), "bfloat16": (torch.bfloat16, True, 2e-2)}
-ADAPTERS = {
+LORAS = {
     "r4": {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
     "r8": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "alpha_pattern": {"q_proj": 4}},
     "r64": {
@@ -36,90 +27,47 @@ ADAPTERS = {
     },
 }
 ROWS = ["base", "r4", "r8", "r64", "r8", "base", "r4"]
+ZOO_FAMILIES = ("llama", "gemma2", "phi")  # plain; windows, norms and soft caps; biases
 
 
-@dataclass
-class Case:
-    """One base with its adapters, and both sides of the comparison."""
+def make_loras(oracle: Oracle, folder: Path) -> dict[str, Path]:
+    return {
+        name: make_adapter(oracle.base, folder / name, seed=seed, **settings)
+        for seed, (name, settings) in enumerate(LORAS.items())
+    }
 
-    oracle: Oracle
-    model: PagedModel
-    config: EngineConfig
-    adapters: dict[str, Path | None]
-    tolerance: float
+
+def make_zoo(oracle: Oracle, folder: Path) -> dict[str, Path]:
+    return {
+        name: save_adapter(oracle.plain, folder / name, config, seed=seed, noise=NOISE.get(name, 0.1))
+        for seed, (name, config) in enumerate(ZOO.items())
+    }
 
 
 @pytest.fixture(scope="module", params=[(f, p) for f in FAMILIES for p in PRECISIONS], ids="-".join)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def loras(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, precision = request.param
-    dtype, packed, tolerance = PRECISIONS[precision]
-    folder = tmp_path_factory.mktemp(f"{family}-{precision}")
-    checkpoint = make_checkpoint(folder / "base", family, initializer_range=INITIALIZER_RANGE)
-    oracle = Oracle(checkpoint, quantization="nf4", dtype=dtype, packed=packed)
-    adapters: dict[str, Path | None] = {"base": None}
-    for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        adapters[name] = make_adapter(oracle.base, folder / name, seed=seed, **settings)
-    config = EngineConfig(
-        model=checkpoint,
-        dtype=precision,
-        packed=packed,
-        device="cpu",
-        kv_cache_gb=0.004,
-        max_rows=16,
-        max_step_tokens=48,
-    )
-    return Case(oracle, PagedModel(config), config, adapters, tolerance)
+    return make_case(tmp_path_factory.mktemp(f"{family}-{precision}"), family, precision, make_loras)
 
 
-def recorded_run(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[list[int]], list[list[int]], list[Tensor], int]:
-    """Prompts, tokens and the logits they came from, row by row; and the most adapters that one step held."""
-    seen: list[Tensor] = []
-    sample = step.sample
-    monkeypatch.setattr(step, "sample", lambda logits, draws: (seen.append(logits.float()), sample(logits, draws))[1])
-    run = InProcess(case.model, case.config)
-    prompts = [[(37 * row + 11 * i) % 256 for i in range(20 + 7 * row)] for row in range(len(ROWS))]
-    ids = [run.submit(prompt, case.adapters[name]) for prompt, name in zip(prompts, ROWS, strict=True)]
-    logits: dict[int, list[Tensor]] = {i: [] for i in ids}
-    answers: dict[int, list[int]] = {i: [] for i in ids}
-    most = 0
-    while run.engine.has_work:
-        seen.clear()
-        deltas = run.step()
-        most = max(most, *run.engine.stats(stepped=True).adapters_per_step)
-        for delta, row in zip(deltas, torch.cat(seen) if seen else [], strict=True):
-            answers[delta.id] += tokens([delta])
-            logits[delta.id].append(row)
-    run.close()
-    return prompts, list(answers.values()), [torch.stack(rows) for rows in logits.values()], most
+@pytest.fixture(scope="module", params=[(f, p) for f in ZOO_FAMILIES for p in PRECISIONS], ids="-".join)
+def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    family, precision = request.param
+    plain = NOT_ON_PACKED_NF4 if precision == "bfloat16" else NOT_ON_NF4
+    folder = tmp_path_factory.mktemp(f"zoo-{family}-{precision}")
+    return make_case(folder, family, precision, make_zoo, on_plain_linears=plain)
 
 
-def test_rows_of_a_mixed_batch_equal_peft_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, answers, logits, most = recorded_run(case, monkeypatch)
-    assert most == 3
-    for name, prompt, answer, got in zip(ROWS, prompts, answers, logits, strict=True):
-        forced = {
-            who: case.oracle.logits(path, prompt + answer)[len(prompt) - 1 : -1] for who, path in case.adapters.items()
-        }
-        own = forced.pop(name)
-        torch.testing.assert_close(got, own, rtol=0, atol=case.tolerance, msg=lambda text, name=name: f"{name}: {text}")
-        best = own.topk(2).values
-        sure = best[:, 0] - best[:, 1] > case.tolerance
-        assert torch.equal(torch.tensor(answer)[sure], own.argmax(-1)[sure])
-        # The control: with another adapter, or with none, the same comparison would fail by far.
-        for other, wrong in forced.items():
-            assert (got - wrong).abs().max() > 10 * case.tolerance, f"{name} is too like {other} to tell"
+def test_rows_of_a_mixed_batch_equal_peft_alone(loras: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_rows_equal_peft(loras, ROWS, monkeypatch, lambda name: loras.adapters.keys() - {name})
+
+
+def test_every_method_in_one_batch_equals_peft_alone(zoo: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(zoo.adapters)
+    after = dict(zip(names, [*names[1:], names[0]], strict=True))
+    assert_rows_equal_peft(zoo, names, monkeypatch, lambda name: {"base", after[name]} - {name})
 
 
 def test_unquantised_base_equals_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = make_checkpoint(tmp_path / "base", initializer_range=INITIALIZER_RANGE)
-    oracle = Oracle(checkpoint, quantization="none", dtype=torch.float32, packed=False)
-    adapters: dict[str, Path | None] = {"base": None}
-    for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        adapters[name] = make_adapter(oracle.base, tmp_path / name, seed=seed, **settings)
-    config = EngineConfig(
-        model=checkpoint, quantization="none", device="cpu", kv_cache_gb=0.004, max_rows=16, max_step_tokens=48
-    )
-    case = Case(oracle, PagedModel(config), config, adapters, 1e-4)
-    test_rows_of_a_mixed_batch_equal_peft_alone(case, monkeypatch)
+    case = make_case(tmp_path, "llama", "float32", make_loras, quantization="none")
+    assert_rows_equal_peft(case, ROWS, monkeypatch, lambda name: case.adapters.keys() - {name})

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 
 from torch import Tensor
 
-from hatrack_server.adapters.pools import LowRankPool
+from hatrack_server.adapters.pieces import Stage
+from hatrack_server.adapters.pools import Pool
 from hatrack_server.adapters.slots import Slot
-from hatrack_server.kernels.low_rank import Run, add_low_rank, merge_runs
+from hatrack_server.kernels.runs import Run, merge_runs
 
 
 class LayerEffect:
-    """All low-rank pieces that act at one layer in one batch."""
+    """All pieces that act at one layer in one batch."""
 
-    def __init__(self, runs: dict[LowRankPool, list[Run]]) -> None:
-        self._runs = runs
+    def __init__(self, runs: Mapping[Pool, list[Run]]) -> None:
+        in_order = sorted(runs.items(), key=lambda found: found[0].kind.stage)
+        self._on_input = [(pool, runs) for pool, runs in in_order if pool.kind.stage is Stage.INPUT]
+        self._on_output = [(pool, runs) for pool, runs in in_order if pool.kind.stage is not Stage.INPUT]
 
-    def __call__(self, y: Tensor, x: Tensor) -> None:
-        """Adds each token's own product to y[T, out], given x[T, in]."""
-        for pool, runs in self._runs.items():
-            add_low_rank(y, x, pool.a, pool.b, runs)
+    def input(self, x: Tensor) -> Tensor:
+        """What the base's product takes in place of x[T, in]; x itself is left as it is."""
+        if not self._on_input:
+            return x
+        values = x.clone()
+        for pool, runs in self._on_input:
+            pool.kind.act(values, x, pool.stacks, runs)
+        return values
+
+    def output(self, y: Tensor, x: Tensor) -> None:
+        """Changes the base's output y[T, out] in place, given the layer's input x[T, in]."""
+        for pool, runs in self._on_output:
+            pool.kind.act(y, x, pool.stacks, runs)
 
 
 class BatchEffects:
@@ -60,10 +73,10 @@ def _segments(rows: Rows[tuple[Slot | None, int]]) -> list[tuple[Slot, int, int]
 
 
 def _effects(segments: list[tuple[Slot, int, int]]) -> dict[str, LayerEffect]:
-    layers: dict[str, dict[LowRankPool, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    layers: dict[str, dict[Pool, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for slot, start, length in segments:
-        for layer, place in slot.places.items():
-            layers[layer][place.pool].append(Run(start, length, place.row))
+        for place in slot.places:
+            layers[place.pool.layer][place.pool].append(Run(start, length, place.row))
     return {
         layer: LayerEffect({pool: merge_runs(runs) for pool, runs in pools.items()}) for layer, pools in layers.items()
     }

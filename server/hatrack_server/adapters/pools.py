@@ -1,52 +1,51 @@
-"""Where the pieces of resident programs lie: stacks kept per (layer, rank class), which a batch reads in place."""
+"""Where the pieces of resident programs lie: stacks kept per (layer, kind of piece, shapes), which a batch reads in
+place.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from hatrack_server.adapters.pieces import LowRank, Pieces
-from hatrack_server.types import LinearShape
-
-
-def rank_class(rank: int) -> int:
-    """The next power of two: what a piece of this rank is padded to."""
-    return 1 << (rank - 1).bit_length()
+from hatrack_server.adapters.pieces import Piece, Pieces
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """One piece's row in a pool."""
 
-    pool: LowRankPool
+    pool: Pool
     row: int
 
 
-Places = Mapping[str, Place]
-"""Where a program's pieces lie, by layer."""
+Places = tuple[Place, ...]
+"""Where a program's pieces lie."""
 
 
-class LowRankPool:
-    """Rows of low-rank pieces of one layer and one rank class.
+class Pool:
+    """Rows of one layer's pieces of one kind and equal shapes.
 
-    One thread changes it. Another may read `a` and `b` meanwhile: growing and trimming put new stacks in place of the
-    old ones, and the rows in use are alike in both.
+    One thread changes it. Another may read `stacks` meanwhile: growing and trimming put new ones in place of the old,
+    and the rows in use are alike in both.
     """
 
-    def __init__(self, shape: LinearShape, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rank = rank
-        self.a = torch.empty(0, rank, shape.in_features, dtype=dtype, device=device)
-        self.b = torch.empty(0, rank, shape.out_features, dtype=dtype, device=device)
-        self.row_bytes = rank * (shape.in_features + shape.out_features) * dtype.itemsize
+    def __init__(self, layer: str, like: Piece, dtype: torch.dtype, device: torch.device) -> None:
+        """For pieces of the kind and shapes of `like`."""
+        self.layer = layer
+        self.kind = type(like)
+        self.stacks = tuple(torch.empty(0, *shape, dtype=dtype, device=device) for shape in like.shapes)
+        self.row_bytes = sum(map(math.prod, like.shapes)) * dtype.itemsize
         self._free: list[int] = []
 
     @property
     def capacity(self) -> int:
         """Rows, taken or free."""
-        return self.a.shape[0]
+        return self.stacks[0].shape[0]
 
     @property
     def taken(self) -> int:
@@ -61,8 +60,8 @@ class LowRankPool:
     def grow(self, rows: int) -> None:
         """Adds free rows; copies what is there."""
         added = range(self.capacity, self.capacity + rows)
-        # Both or neither: the second may find no memory.
-        self.a, self.b = (torch.cat([s, s.new_zeros(rows, *s.shape[1:])]) for s in (self.a, self.b))
+        # All or none: the second may find no memory.
+        self.stacks = tuple(torch.cat([stack, stack.new_zeros(rows, *stack.shape[1:])]) for stack in self.stacks)
         self._free.extend(added)  # higher than all others, so still a heap
 
     def take(self) -> int:
@@ -73,18 +72,19 @@ class LowRankPool:
         """Undoes one `take`; the row's content may be overwritten from now on."""
         heapq.heappush(self._free, row)
 
-    def write(self, row: int, piece: LowRank) -> None:
-        """Copies a piece of at most this rank into a taken row, padding it with zeros."""
-        for stack, values in ((self.a, piece.a), (self.b, piece.b)):
-            stack[row, : piece.rank].copy_(values)
-            stack[row, piece.rank :].zero_()
+    def write(self, row: int, tensors: Iterable[Tensor]) -> None:
+        """Copies a piece into a taken row, padding it with zeros."""
+        for stack, values in zip(self.stacks, tensors, strict=True):
+            stack[row].zero_()
+            stack[row][tuple(map(slice, values.shape))].copy_(values)
 
     def copy_lower(self, row: int) -> int:
         """A copy of a taken row in the lowest free one, if that is lower; else the row itself."""
         if self.full or self._free[0] > row:
             return row
         lowest = self.take()
-        self.a[lowest], self.b[lowest] = self.a[row], self.b[row]
+        for stack in self.stacks:
+            stack[lowest] = stack[row]
         return lowest
 
     def trim(self) -> bool:
@@ -93,7 +93,7 @@ class LowRankPool:
         rows = max(taken, default=-1) + 1
         if rows == self.capacity:
             return False
-        self.a, self.b = self.a[:rows].clone(), self.b[:rows].clone()
+        self.stacks = tuple(stack[:rows].clone() for stack in self.stacks)
         self._free = [row for row in range(rows) if row not in taken]  # in order, so a heap
         return True
 
@@ -101,12 +101,11 @@ class LowRankPool:
 class Pools:
     """All pools of one base, made as they are needed, within a budget of bytes. One thread changes them."""
 
-    def __init__(self, linears: dict[str, LinearShape], dtype: torch.dtype, device: torch.device, budget: int) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, budget: int) -> None:
         self.budget = budget
-        self._linears = linears
         self._dtype = dtype
         self._device = device
-        self._pools: dict[tuple[str, int], LowRankPool] = {}
+        self._pools: dict[tuple[object, ...], Pool] = {}
 
     @property
     def bytes(self) -> int:
@@ -114,13 +113,12 @@ class Pools:
         return sum(pool.capacity * pool.row_bytes for pool in tuple(self._pools.values()))
 
     def size(self, pieces: Pieces) -> int:
-        """What the pieces take, padded to their rank classes."""
-        return sum(self._of(layer, piece).row_bytes for layer, piece in pieces.items())
+        """What the pieces take, padded as they will be."""
+        return sum(pool.row_bytes for pool in self._of_all(pieces))
 
     def fits(self, pieces: Pieces) -> bool:
         """Whether `place` stays within the budget."""
-        pools = (self._of(layer, piece) for layer, piece in pieces.items())
-        return self.bytes + sum(pool.row_bytes for pool in pools if pool.full) <= self.budget
+        return self.bytes + sum(pool.row_bytes for pool in self._of_all(pieces) if pool.full) <= self.budget
 
     def would_fit(self, pieces: Pieces) -> bool:
         """Whether `place` would stay within the budget if no row were free."""
@@ -129,21 +127,12 @@ class Pools:
 
     def place(self, pieces: Pieces) -> Places:
         """Copies the pieces into free rows, growing the pools that have none."""
-        self._grow([pool for layer, piece in pieces.items() if (pool := self._of(layer, piece)).full])
-        places: dict[str, Place] = {}
-        try:
-            for layer, piece in pieces.items():
-                pool = self._of(layer, piece)
-                places[layer] = Place(pool, pool.take())
-                pool.write(places[layer].row, piece)
-        except Exception:
-            self.free(places.values())
-            raise
-        return places
+        self._grow([pool for pool in self._of_all(pieces) if pool.full])
+        return tuple(self._place(layer, piece) for layer, piece in pieces)
 
     def copy_lower(self, places: Places) -> Places:
         """The same pieces in lower rows, wherever one is free; the given places stay taken."""
-        return {layer: Place(place.pool, place.pool.copy_lower(place.row)) for layer, place in places.items()}
+        return tuple(Place(place.pool, place.pool.copy_lower(place.row)) for place in places)
 
     def free(self, places: Iterable[Place]) -> None:
         """Gives the rows back; their contents may be overwritten from now on."""
@@ -154,13 +143,22 @@ class Pools:
         """Gives the memory of every pool's free rows behind its last taken one back; False when there are none."""
         return sum(pool.trim() for pool in self._pools.values()) > 0  # every one, not up to the first
 
-    def _of(self, layer: str, piece: LowRank) -> LowRankPool:
-        key = (layer, rank_class(piece.rank))
+    def _of_all(self, pieces: Pieces) -> Iterator[Pool]:
+        return (self._of(layer, piece) for layer, piece in pieces)
+
+    def _of(self, layer: str, piece: Piece) -> Pool:
+        key = (layer, type(piece), piece.shapes)
         if key not in self._pools:
-            self._pools[key] = LowRankPool(self._linears[layer], key[1], self._dtype, self._device)
+            self._pools[key] = Pool(layer, piece, piece.dtype or self._dtype, self._device)
         return self._pools[key]
 
-    def _grow(self, full: list[LowRankPool]) -> None:
+    def _place(self, layer: str, piece: Piece) -> Place:
+        pool = self._of(layer, piece)
+        place = Place(pool, pool.take())
+        pool.write(place.row, piece.tensors)
+        return place
+
+    def _grow(self, full: list[Pool]) -> None:
         """Makes a free row in each: half as many again where the budget allows, else one.
 
         Growing by halves keeps the copying linear in the number of programs.

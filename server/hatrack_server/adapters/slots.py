@@ -21,7 +21,7 @@ Compile = Callable[[Artifact], Pieces]
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A resident program: its places by layer, and how many running sequences pin it."""
+    """A resident program: where it lies, and how many running sequences pin it."""
 
     number: int  # in the order of loading: neighbours in number tend to be neighbours in the pools
     places: Places
@@ -165,7 +165,7 @@ class ProgramSlots:
                 self._resident[digest] = Slot(self._loaded, places)
                 self._loaded += 1
                 return
-        self._pools.free(places.values())
+        self._pools.free(places)
         raise _Abandoned
 
     def _make_room(self, digest: str, pieces: Pieces) -> None:
@@ -192,7 +192,7 @@ class ProgramSlots:
         with self._changed:
             evicted, self._evicted = self._evicted, []
         for slot in evicted:
-            self._pools.free(slot.places.values())
+            self._pools.free(slot.places)
         return bool(evicted)
 
     def _compact(self) -> bool:
@@ -216,9 +216,8 @@ class ProgramSlots:
             moved = old.pins == 1 and not old.doomed
             if moved:
                 self._resident[digest] = new  # where the old one stood in age
-        unused = old if moved else new
-        kept = set((new if moved else old).places.values())
-        self._pools.free(place for place in unused.places.values() if place not in kept)
+        kept, given_up = (new, old) if moved else (old, new)
+        self._pools.free(set(given_up.places).difference(kept.places))
         if not moved:
             self.release(digest)
 

@@ -64,8 +64,8 @@ def run_worker(config: EngineConfig, connection: Connection) -> None:
 
 def build_engine(config: EngineConfig, model: PagedModel, base: BaseInfo, loads: Inbox) -> Engine:
     """Puts the engine together; finished loads go to `loads`."""
-    pools = Pools(model.linears, model.dtype, model.device, int(config.adapter_gb * 1e9))
-    slots = ProgramSlots(pools, lambda artifact: compile_artifact(artifact, model.linears), loads.put)
+    pools = Pools(model.dtype, model.device, int(config.adapter_gb * 1e9))
+    slots = ProgramSlots(pools, lambda artifact: compile_artifact(artifact, model.layers), loads.put)
     identity = base.identity
     fingerprint = f"{identity.weights}:{identity.quantization}"
     blocks = KVBlocks(
@@ -86,7 +86,7 @@ def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:
     return BaseInfo(
         identity=identify(config.model, config.quantization),
         architecture=model.architecture,
-        linears=model.linears,
+        linears=model.layers.shapes,
         vocab_size=model.config.vocab_size,
         max_model_len=config.max_model_len or longest,
         kv_tokens=kv_tokens,

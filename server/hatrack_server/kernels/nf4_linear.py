@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
@@ -30,9 +30,13 @@ def nf4_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return layer(x)
 
 
-def nf4_linear_reference(x: Tensor, layer: Linear4bit) -> Tensor:
-    """The same from the dequantised weight, in x's dtype; right only while `layer` has the canonical layout."""
-    from bitsandbytes.functional import dequantize_4bit
+def dequantized(layer: nn.Linear) -> Tensor:
+    """The layer's weight [out, in] in full, float32; right only while it has the canonical layout."""
+    if isinstance(layer, Linear4bit):
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    return layer.weight.detach().float()
 
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(x.dtype)
-    return torch.nn.functional.linear(x, weight, layer.bias)
+
+def nf4_linear_reference(x: Tensor, layer: Linear4bit) -> Tensor:
+    """The same as `nf4_linear` from the dequantised weight, in x's dtype; right only in the canonical layout."""
+    return torch.nn.functional.linear(x, dequantized(layer).to(x.dtype), layer.bias)

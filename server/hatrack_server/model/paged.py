@@ -24,7 +24,7 @@ DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 class PagedModel:
     """A causal LM that computes ragged batches over a paged KV pool.
 
-    linears: the layers that adapters may target. head: the one of them, if any, that sees each chunk's
+    layers: the linear ones, which adapters may target. head: the one of them, if any, that sees each chunk's
     last token only.
     kv_slots: tokens that the pool holds, its zero block included.
     """
@@ -47,7 +47,7 @@ class PagedModel:
         head = self._model.get_output_embeddings()
         self.head = next((name for name, module in self._model.named_modules() if module is head), None)
         self._effects = Effects()
-        self.linears = wrap_linears(self._model, self._effects, packed=config.packed)
+        self.layers = wrap_linears(self._model, self._effects, packed=config.packed)
         progress("allocating the KV cache", 0.6)
         shapes = self._kv_shapes()
         self._bytes_per_token = sum(heads * (k + v) for heads, k, v in shapes) * self.dtype.itemsize

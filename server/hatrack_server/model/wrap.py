@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hatrack_server.kernels.nf4_linear import choose_layout, nf4_linear
+from hatrack_server.kernels.nf4_linear import choose_layout, dequantized, nf4_linear
 from hatrack_server.types import LinearShape
 
 
 class Effect(Protocol):
     """What the adapters of one batch do at one layer."""
 
-    def __call__(self, y: Tensor, x: Tensor) -> None:
+    def input(self, x: Tensor) -> Tensor:
+        """What the base's product takes in place of x[T, in]."""
+
+    def output(self, y: Tensor, x: Tensor) -> None:
         """Changes the layer's output y[T, out], given its input x[T, in], in place."""
 
 
@@ -37,11 +41,13 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x[1, T, in] to [1, T, out]."""
-        y = nf4_linear(x, self.base)
         effect = self._effects.by_layer.get(self.name)
-        if effect is not None:
-            effect(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))  # y is ours and contiguous, x is the model's
-        return y
+        if effect is None:
+            return nf4_linear(x, self.base)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = nf4_linear(effect.input(tokens), self.base)
+        effect.output(y, tokens)
+        return y.view(*x.shape[:-1], -1)
 
     @property
     def weight(self) -> Tensor:
@@ -49,11 +55,40 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
 
-def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> dict[str, LinearShape]:
-    """Replaces every linear layer in place; returns them all, by name: adapters may target each."""
+class LinearLayers:
+    """The base's linear layers as methods see them when they compile an artifact (see adapters.BaseLayers)."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+        """Reads every weight once, before it may be packed."""
+        self._layers = layers
+        self.shapes = {name: LinearShape(layer.out_features, layer.in_features) for name, layer in layers.items()}
+        self._squared_norms = {name: dequantized(layer).square().sum(1) for name, layer in layers.items()}
+
+    @torch.inference_mode()
+    def project(self, layer: str, rows: Tensor) -> Tensor:
+        """rows[R, in] through the layer's weight alone, without its bias: float32 [R, out]."""
+        linear, bias = self._layers[layer], self.bias(layer)
+        # bitsandbytes turns a layer's bias into the dtype of what comes in: it must be the one that steps bring.
+        dtype = getattr(linear, "compute_dtype", linear.weight.dtype)
+        out = nf4_linear(rows.to(linear.weight.device, dtype), linear).float().cpu()
+        return out if bias is None else out - bias
+
+    def squared_norms(self, layer: str) -> Tensor:
+        """The squared length of each row of the layer's weight: float32 [out]."""
+        return self._squared_norms[layer].cpu()
+
+    def bias(self, layer: str) -> Tensor | None:
+        """The layer's bias, float32 [out], if it has one."""
+        bias = self._layers[layer].bias
+        return None if bias is None else bias.detach().float().cpu()
+
+
+def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> LinearLayers:
+    """Replaces every linear layer in place; returns them all: adapters may target each."""
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    layers = LinearLayers(linears)
     for name, layer in linears.items():
         choose_layout(layer, packed=packed)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, AdaptedLinear(layer, name, effects))
-    return {name: LinearShape(layer.out_features, layer.in_features) for name, layer in linears.items()}
+    return layers

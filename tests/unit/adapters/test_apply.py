@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hatrack_server.adapters.apply import BatchEffects
-from hatrack_server.adapters.pieces import LowRank
+from hatrack_server.adapters.pieces import InputScale, LowRank, OutputScale, OutputShift
 from hatrack_server.adapters.pools import Pools
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.types import LinearShape
@@ -30,7 +30,7 @@ class Programs:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        pools = Pools(LINEARS, torch.float32, torch.device("cpu"), budget=1 << 20)
+        pools = Pools(torch.float32, torch.device("cpu"), budget=1 << 20)
         self.pieces: list[dict[str, LowRank]] = []
         self.slots: list[Slot] = []
         for number, ranks in enumerate(PROGRAMS):
@@ -42,7 +42,7 @@ class Programs:
                 for layer, rank in ranks.items()
             }
             self.pieces.append(pieces)
-            self.slots.append(Slot(number, pools.place(pieces)))
+            self.slots.append(Slot(number, pools.place(tuple(pieces.items()))))
 
     def rows(self, rows: Rows) -> list[tuple[Slot | None, int]]:
         return [(None if n is None else self.slots[n], count) for n, count in rows]
@@ -79,7 +79,7 @@ def test_each_row_meets_its_own_program(programs: Programs, batch: str, layer: s
     wanted = programs.reference(layer, rows, y, x)
     effects = BatchEffects().build(programs.rows(rows))
     if layer in effects:
-        effects[layer](y, x)
+        effects[layer].output(y, x)
     torch.testing.assert_close(y, wanted)
 
 
@@ -104,7 +104,7 @@ def test_a_program_loaded_again_elsewhere_is_another(programs: Programs) -> None
     effects = BatchEffects()
     old = programs.slots[0]
     first = effects.build([(old, 1)])
-    assert effects.build([(Slot(old.number, dict(old.places)), 1)]) is not first
+    assert effects.build([(Slot(old.number, old.places), 1)]) is not first
 
 
 def test_a_callers_list_may_change_afterwards(programs: Programs) -> None:
@@ -119,8 +119,23 @@ def test_a_bad_program_touches_its_own_rows_only(programs: Programs) -> None:
     rows: Rows = [(0, 1), (4, 1), (None, 1), (1, 1)]
     y, x = inputs("q", rows)
     wanted = programs.reference("q", rows, y, x)
-    bad = programs.slots[4].places["q"]
-    bad.pool.a[bad.row] = math.nan
-    BatchEffects().build(programs.rows(rows))["q"](y, x)
+    bad = next(place for place in programs.slots[4].places if place.pool.layer == "q")
+    bad.pool.stacks[0][bad.row] = math.nan
+    BatchEffects().build(programs.rows(rows))["q"].output(y, x)
     assert y[1].isnan().all()
     torch.testing.assert_close(y[[0, 2, 3]], wanted[[0, 2, 3]])
+
+
+def test_pieces_act_in_their_order_whatever_the_order_of_a_program() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, scale, shift, x_scale = (torch.randn(n, generator=generator) for n in (4, 6, 6, 6, 4))
+    pieces = (OutputShift(shift), OutputScale(scale), LowRank(a[None], b[None]), InputScale(x_scale))
+    places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place(tuple(("q", piece) for piece in pieces))
+    y, x = inputs("q", [(None, 1), (0, 2)])
+    effect = BatchEffects().build([(None, 1), (Slot(0, places), 2)])["q"]
+    seen, before = effect.input(x), x.clone()
+    assert torch.equal(x, before)
+    torch.testing.assert_close(seen, torch.cat([x[:1], x[1:] * x_scale]))
+    wanted = torch.cat([y[:1], (y[1:] + (x[1:] @ a)[:, None] * b) * scale + shift])
+    effect.output(y, x)
+    torch.testing.assert_close(y, wanted)

@@ -98,9 +98,14 @@ def test_selects_ranks_and_scales_as_peft_does(fresh: Fresh, tmp_path: Path, opt
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     # PEFT sorts the patterns as it saves, so that another one may come first afterwards; what is loaded counts.
     for config, oracle in ((saved, loaded), ({**saved, **options}, model)):
-        found = lora.targets(config, headers, linears)
-        assert {target.module: (target.rank, target.scale) for target in found} == layers_of(oracle)
-    spec = methods.describe(saved, headers, linears, max_rank=16)
+        spec = methods.describe(config, headers, linears, max_rank=16)
+        ranks = {
+            key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): shape[0]
+            for key, shape in spec.tensors.items()
+            if key.endswith(".lora_A.weight")
+        }
+        scales = lora.Scales(config, Budget())
+        assert {module: (rank, scales.of(module, rank)) for module, rank in ranks.items()} == layers_of(oracle)
     assert spec.tensors == {key: header.shape for key, header in headers.items()}
     assert spec.rank == max(rank for rank, _ in layers_of(loaded).values())
     assert spec.parameters == model.get_nb_trainable_parameters()[0]
@@ -135,8 +140,6 @@ def test_the_plain_one_passes() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]),
@@ -216,7 +219,7 @@ def test_tensors_must_be_exactly_those_asked_for() -> None:
     assert "asks for no such tensor" in refusal({}, extra).message
     foreign = {**Q_PROJ, **headers_for("lm_head")}
     assert refusal({"target_modules": ["q_proj", "lm_head"]}, foreign).message == (
-        "module lm_head can't be adapted on this base"
+        "lm_head.lora_A.weight belongs to no module that can be adapted on this base"
     )
     copied = {**Q_PROJ, "base_model.model.lm_head.base_layer.weight": TensorHeader("F32", (320, 4))}
     assert "save_embedding_layers=False" in refusal({}, copied).message

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hatrack_server.adapters.pieces import LowRank
-from hatrack_server.adapters.pools import LowRankPool, Pools, rank_class
+from hatrack_server.adapters.pieces import LowRank, OutputScale, Piece, Pieces
+from hatrack_server.adapters.pools import Pool, Pools
 from hatrack_server.types import LinearShape
 
 SHAPE = LinearShape(out_features=5, in_features=3)
@@ -17,20 +17,25 @@ def piece(rank: int, value: float) -> LowRank:
     return LowRank(torch.full((rank, 3), value), torch.full((rank, 5), -value))
 
 
+def at(layer: str, *pieces: Piece) -> Pieces:
+    return tuple((layer, one) for one in pieces)
+
+
 @pytest.fixture
-def pool() -> LowRankPool:
-    return LowRankPool(SHAPE, 4, torch.float32, CPU)
+def pool() -> Pool:
+    return Pool("up", piece(4, 0.0), torch.float32, CPU)
 
 
 def pools(budget: int) -> Pools:
-    return Pools({"up": SHAPE, "down": LinearShape(3, 5)}, torch.float32, CPU, budget)
+    return Pools(torch.float32, CPU, budget)
 
 
 def test_ranks_are_classed_by_powers_of_two() -> None:
-    assert [rank_class(rank) for rank in (1, 2, 3, 4, 5, 8, 9, 64, 65)] == [1, 2, 4, 4, 8, 8, 16, 64, 128]
+    ranks = [1, 2, 3, 4, 5, 8, 9, 64, 65]
+    assert [piece(rank, 1.0).shapes[0][0] for rank in ranks] == [1, 2, 4, 4, 8, 8, 16, 64, 128]
 
 
-def test_the_lowest_free_row_is_taken_first(pool: LowRankPool) -> None:
+def test_the_lowest_free_row_is_taken_first(pool: Pool) -> None:
     assert pool.full
     pool.grow(4)
     assert [pool.take() for _ in range(4)] == [0, 1, 2, 3]
@@ -40,54 +45,54 @@ def test_the_lowest_free_row_is_taken_first(pool: LowRankPool) -> None:
     assert [pool.take() for _ in range(3)] == [0, 2, 3]
 
 
-def test_growing_keeps_what_is_there_and_what_readers_hold(pool: LowRankPool) -> None:
+def test_growing_keeps_what_is_there_and_what_readers_hold(pool: Pool) -> None:
     pool.grow(2)
     row = pool.take()
-    pool.write(row, piece(4, 7.0))
-    held = pool.a
+    pool.write(row, piece(4, 7.0).tensors)
+    held = pool.stacks[0]
     pool.grow(3)
     assert pool.capacity == 5
     assert pool.take() == 1
-    assert (pool.a[row] == 7.0).all()
-    assert (pool.b[row] == -7.0).all()
+    assert (pool.stacks[0][row] == 7.0).all()
+    assert (pool.stacks[1][row] == -7.0).all()
     assert (held[row] == 7.0).all()
 
 
-def test_a_lower_rank_is_padded_with_zeros_over_whatever_was_there(pool: LowRankPool) -> None:
+def test_a_lower_rank_is_padded_with_zeros_over_whatever_was_there(pool: Pool) -> None:
     pool.grow(1)
     row = pool.take()
-    pool.write(row, piece(4, float("nan")))
-    pool.write(row, piece(3, 2.0))
-    assert (pool.a[row, :3] == 2.0).all()
-    assert (pool.b[row, :3] == -2.0).all()
-    assert (pool.a[row, 3:] == 0).all()
-    assert (pool.b[row, 3:] == 0).all()
+    pool.write(row, piece(4, float("nan")).tensors)
+    pool.write(row, piece(3, 2.0).tensors)
+    assert (pool.stacks[0][row, :3] == 2.0).all()
+    assert (pool.stacks[1][row, :3] == -2.0).all()
+    assert (pool.stacks[0][row, 3:] == 0).all()
+    assert (pool.stacks[1][row, 3:] == 0).all()
 
 
-def test_a_row_is_copied_to_the_lowest_free_one(pool: LowRankPool) -> None:
+def test_a_row_is_copied_to_the_lowest_free_one(pool: Pool) -> None:
     pool.grow(4)
     for row in range(3):
-        pool.write(pool.take(), piece(4, float(row)))
+        pool.write(pool.take(), piece(4, float(row)).tensors)
     assert pool.copy_lower(1) == 1  # the one free row lies behind it
     pool.free(0)
     assert pool.copy_lower(2) == 0
     for row in (0, 2):  # a reader of the old row meets it as it was
-        assert (pool.a[row] == 2.0).all()
-        assert (pool.b[row] == -2.0).all()
+        assert (pool.stacks[0][row] == 2.0).all()
+        assert (pool.stacks[1][row] == -2.0).all()
     assert (pool.taken, pool.take()) == (3, 3)
     assert pool.copy_lower(1) == 1
 
 
-def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: LowRankPool) -> None:
+def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: Pool) -> None:
     assert not pool.trim()
     pool.grow(5)
     rows = [pool.take() for _ in range(3)]
     for row in rows:
-        pool.write(row, piece(4, float(row)))
+        pool.write(row, piece(4, float(row)).tensors)
     pool.free(1)
     assert pool.trim()
     assert pool.capacity == 3
-    assert (pool.a[2] == 2.0).all()
+    assert (pool.stacks[0][2] == 2.0).all()
     assert not pool.trim()
     assert pool.take() == 1
     assert pool.full
@@ -101,40 +106,40 @@ def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: LowRankPool) -
 
 def test_ranks_of_one_class_share_a_pool() -> None:
     all_pools = pools(budget=10_000)
-    five, eight, four = (all_pools.place({"up": piece(rank, 1.0)})["up"].pool for rank in (5, 8, 4))
+    five, eight, four = (all_pools.place(at("up", piece(rank, 1.0)))[0].pool for rank in (5, 8, 4))
     assert five is eight
     assert five is not four
-    assert all_pools.place({"down": DOWN})["down"].pool is not four
+    assert all_pools.place(at("down", piece(4, 1.0)))[0].pool is not four
 
 
 def test_bytes_are_those_of_the_stacks() -> None:
     all_pools = pools(budget=100_000)
-    pieces = {"up": piece(8, 1.0), "down": DOWN}
+    pieces = at("up", piece(8, 1.0)) + at("down", DOWN, OutputScale(torch.ones(3)))
     places = all_pools.place(pieces)
-    stacks = [place.pool for place in places.values()]
-    assert all_pools.bytes == all_pools.size(pieces) == sum(pool.a.nbytes + pool.b.nbytes for pool in stacks)
+    assert all_pools.bytes == all_pools.size(pieces)
+    assert all_pools.bytes == sum(stack.nbytes for place in places for stack in place.pool.stacks)
 
 
 def test_growing_is_generous_within_the_budget_and_exact_at_its_end() -> None:
     row = 8 * BYTES_OF_RANK * 4
     all_pools = pools(budget=7 * row)
     sizes = []
-    while all_pools.fits({"up": piece(8, 1.0)}):
-        sizes.append(all_pools.place({"up": piece(8, 1.0)})["up"].pool.capacity)
+    while all_pools.fits(at("up", piece(8, 1.0))):
+        sizes.append(all_pools.place(at("up", piece(8, 1.0)))[0].pool.capacity)
         assert all_pools.bytes <= all_pools.budget
     assert sizes == [1, 2, 4, 4, 7, 7, 7]
 
 
 def test_a_free_row_fits_whatever_the_budget() -> None:
-    up, down = {"up": piece(8, 1.0)}, {"down": LowRank(torch.zeros(8, 5), torch.zeros(8, 3))}
+    up, down = at("up", piece(8, 1.0)), at("down", LowRank(torch.zeros(8, 5), torch.zeros(8, 3)))
     all_pools = pools(budget=8 * BYTES_OF_RANK * 4)
     places = all_pools.place(up)
     assert not all_pools.fits(up)
     assert not all_pools.would_fit(down)
     assert not all_pools.trim()
-    all_pools.free(places.values())
+    all_pools.free(places)
     assert all_pools.fits(up)
-    assert not all_pools.fits(up | down)
+    assert not all_pools.fits(up + down)
     assert not all_pools.fits(down)
     assert all_pools.would_fit(down)
     assert all_pools.trim()
@@ -142,9 +147,8 @@ def test_a_free_row_fits_whatever_the_budget() -> None:
     assert all_pools.fits(down)
 
 
-def test_a_piece_that_does_not_fit_its_layer_leaves_no_row_taken() -> None:
-    all_pools = pools(budget=10_000)
-    with pytest.raises(RuntimeError):
-        all_pools.place({"up": piece(8, 1.0), "down": piece(8, 1.0)})
-    assert all_pools.trim()
-    assert all_pools.bytes == 0
+def test_scales_are_kept_in_float32_whatever_the_base_computes_in() -> None:
+    all_pools = Pools(torch.bfloat16, CPU, 10_000)
+    low_rank, scale = all_pools.place(at("up", piece(4, 1.0), OutputScale(torch.full((5,), 1.001))))
+    assert low_rank.pool.stacks[0].dtype is torch.bfloat16
+    assert scale.pool.stacks[0][scale.row].tolist() == [pytest.approx(1.001)] * 5

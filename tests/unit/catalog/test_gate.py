@@ -90,7 +90,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     assert caught.value.field == name
 
 
-@pytest.mark.parametrize("peft_type", ["LOHA", None, ["LORA"], "../lora"])
+@pytest.mark.parametrize("peft_type", ["POLY", None, ["LORA"], "../lora"])
 def test_other_methods_are_refused(tmp_path: Path, peft_type: Any) -> None:
     files = lora_files(config={**CONFIG, "peft_type": peft_type})
     assert field_of(tmp_path, files) == "adapter_config.json: peft_type"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from hatrack.manifest import CONFIG_FILE
@@ -19,7 +19,8 @@ from hatrack_server.types import LinearShape, ProgramSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hatrack_server.adapters.pieces import Pieces
+    from hatrack_server.adapters.base_layers import BaseLayers
+    from hatrack_server.adapters.pieces import Piece, Pieces
 
 
 class Method(Protocol):
@@ -38,8 +39,8 @@ class Method(Protocol):
         """See the function of this name below."""
 
     def compile(
-        self, config: dict[str, Any], tensors: Mapping[str, Tensor], base_linears: Mapping[str, LinearShape]
-    ) -> Pieces:
+        self, config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers
+    ) -> Iterable[tuple[str, Piece]]:
         """See the function of this name below."""
 
 
@@ -77,7 +78,10 @@ def describe(
 
 
 def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any], tensors: Mapping[str, Tensor], base_linears: Mapping[str, LinearShape]
+    config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers
 ) -> Pieces:
-    """The pieces by layer of an artifact that `describe` let pass, from its tensors in whatever precision they have."""
-    return method_of(config).compile(config, tensors, base_linears)
+    """The pieces of an artifact that `describe` let pass, from its tensors in whatever precision they have.
+
+    At most one of a kind at each layer.
+    """
+    return tuple(method_of(config).compile(config, tensors, base))

@@ -1,0 +1,63 @@
+"""MiSS, matrix shard sharing (Kang and Yin 2024, arXiv:2409.15371), as PEFT 0.21 saves it.
+
+Per module `y[o] += Σ_j block[j, o] Σ_{c ≡ j mod r} x[c]`, which is low rank: B = blockᵀ and A[j, c] = [c mod r = j].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hatrack_server.adapters.patterns import Budget
+from hatrack_server.adapters.peft_linear import Adapted, modules_in, rank_of, refuse_unknown, spec_of
+from hatrack_server.adapters.peft_targets import config_field, matched_modules
+from hatrack_server.adapters.safetensors_header import TensorHeader
+from hatrack_server.errors import InvalidArtifact
+from hatrack_server.types import LinearShape, ProgramSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hatrack_server.adapters.base_layers import BaseLayers
+    from hatrack_server.adapters.pieces import Piece
+
+PEFT_TYPE = "MISS"
+DEFAULT_RANK = 64
+BLOCK = "miss_block"
+
+
+def describe(
+    config: dict[str, Any],
+    headers: Mapping[str, TensorHeader],
+    base_linears: Mapping[str, LinearShape],
+    *,
+    max_rank: int,
+) -> ProgramSpec:
+    """See `methods.describe`."""
+    refuse_unknown(config, {"r", "bias", "init_weights"}, {"mini_r", "miss_dropout"})
+    if config.get("bias", "none") != "none":
+        raise InvalidArtifact(config_field("bias"), 'trained biases are not supported; only "none" is')
+    if not isinstance(config.get("init_weights", True), bool):
+        raise InvalidArtifact(config_field("init_weights"), "only MiSS itself is supported, not Bat or mini")
+    r = rank_of("every module", config.get("r", DEFAULT_RANK))
+    adapted = []
+    for module in matched_modules(config, base_linears, Budget()):
+        linear = base_linears[module]
+        shapes = {BLOCK: (r, linear.out_features)}
+        adapted.append(Adapted(module, shapes, r, r * (linear.in_features + linear.out_features)))
+    return spec_of(PEFT_TYPE, adapted, headers, base_linears, max_rank=max_rank)
+
+
+def compile(  # noqa: A001 - it is what this does
+    config: dict[str, Any],  # noqa: ARG001 - the tensors tell all
+    tensors: Mapping[str, Tensor],
+    base: BaseLayers,
+) -> Iterator[tuple[str, Piece]]:
+    """See `methods.compile`."""
+    import torch
+
+    from hatrack_server.adapters.pieces import LowRank
+
+    for module, block in modules_in(tensors, BLOCK):
+        r, places = block.shape[0], torch.arange(base.shapes[module].in_features)
+        yield module, LowRank((places % r == torch.arange(r)[:, None]).to(block.dtype), block)

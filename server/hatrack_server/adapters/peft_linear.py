@@ -1,0 +1,158 @@
+"""What the methods on linear layers share: strict reading of PEFT's configuration, and tensors that are exactly those
+that it asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hatrack.manifest import WEIGHTS_FILE
+from hatrack_server.adapters.peft_targets import config_field
+from hatrack_server.adapters.safetensors_header import TensorHeader
+from hatrack_server.errors import InvalidArtifact
+from hatrack_server.types import LinearShape, ProgramSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "base_model.model."
+FLOAT32_MAX = 3.4028234663852886e38
+
+# What any method's configuration may hold without a change of its output: records, and what concerns training alone.
+# fan_in_fan_out only says how a base's weight is stored; the adapter's tensors keep their shapes.
+HARMLESS_KEYS = frozenset({
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type", "peft_version",
+    "revision", "task_type",
+})  # fmt: skip
+# Which modules are adapted, in every method's configuration.
+TARGET_KEYS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
+# Any other key, known or of a newer PEFT, must be off.
+OFF_VALUES: tuple[object, ...] = (None, False, [])
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """One adapted module: the tensors that its configuration asks for, and what it takes when it is served."""
+
+    module: str  # its full name in the base
+    shapes: Mapping[str, tuple[int, ...]]  # by what follows the module in a tensor's name
+    rank: int  # of the low-rank piece that serves it
+    resident: int  # numbers in memory
+
+
+def refuse_unknown(config: Mapping[str, Any], read: Iterable[str], harmless: Iterable[str] = ()) -> None:
+    """Raises InvalidArtifact naming the first key that is on and neither `read` nor `harmless` to the output."""
+    for key in config.keys() - TARGET_KEYS - HARMLESS_KEYS - set(read) - set(harmless):
+        if config[key] not in OFF_VALUES:
+            raise InvalidArtifact(config_field(key), f"{key} is not supported")
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """A boolean, False when it is absent; raises InvalidArtifact."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise InvalidArtifact(config_field(key), "must be true or false")
+    return value
+
+
+def rank_of(module: str, rank: Any, key: str = "r") -> int:
+    """A module's rank, checked; `key` is where it stands in the configuration."""
+    if type(rank) is not int or rank < 1:
+        raise InvalidArtifact(config_field(key), f"the rank of {module} must be a positive integer")
+    return rank
+
+
+def scale_of(module: str, alpha: Any, divisor: float, key: str) -> float:
+    """alpha / divisor, checked; `key` is where alpha stands in the configuration."""
+    if type(alpha) not in (int, float):
+        raise InvalidArtifact(config_field(key), f"the alpha of {module} must be a number")
+    try:
+        scale = float(alpha / divisor)
+    except OverflowError:
+        scale = float("inf")
+    if not abs(scale) <= FLOAT32_MAX:
+        raise InvalidArtifact(config_field(key), f"the scale of {module} is not a finite float32")
+    return scale
+
+
+def spec_of(
+    method: str,
+    adapted: list[Adapted],
+    headers: Mapping[str, TensorHeader],
+    linears: Mapping[str, LinearShape],
+    *,
+    max_rank: int,
+    shared: Mapping[str, tuple[int, ...]] | None = None,
+) -> ProgramSpec:
+    """The spec of a method's adapted modules, whose tensors, with the `shared` ones, must be all that the file holds.
+
+    Raises InvalidArtifact naming what is missing, unexpected or of another shape, or the rank above `max_rank`.
+    """
+    expected = {f"{PREFIX}{one.module}.{name}": shape for one in adapted for name, shape in one.shapes.items()}
+    _check_tensors(expected | dict(shared or {}), headers, linears)
+    highest = max(adapted, key=lambda one: one.rank)
+    if highest.rank > max_rank:
+        message = f"{highest.module} has rank {highest.rank} when it is served; at most {max_rank} is"
+        raise InvalidArtifact(config_field("r"), message)
+    return ProgramSpec(
+        method=method,
+        rank=highest.rank,
+        parameters=sum(header.elements for header in headers.values()),
+        resident_bytes=2 * sum(one.resident for one in adapted),
+        tensors={key: header.shape for key, header in headers.items()},
+    )
+
+
+def modules_in(tensors: Mapping[str, Tensor], name: str) -> Iterator[tuple[str, Tensor]]:
+    """(module, its tensor called `name`), for every module that has one.
+
+    Tensors tell which modules are adapted, so that a tenant's patterns need not be matched again at each load.
+    """
+    for key, tensor in tensors.items():
+        if key.startswith(PREFIX) and key.endswith(f".{name}"):
+            yield key.removeprefix(PREFIX).removesuffix(f".{name}"), tensor
+
+
+def tensor_of(tensors: Mapping[str, Tensor], module: str, name: str) -> Tensor:
+    """A module's tensor, in float32 or better."""
+    return precise(tensors[f"{PREFIX}{module}.{name}"])
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """A tensor of a file in float32 or better."""
+    return tensor if tensor.itemsize > 4 else tensor.float()
+
+
+def _check_tensors(
+    expected: Mapping[str, tuple[int, ...]], headers: Mapping[str, TensorHeader], linears: Mapping[str, LinearShape]
+) -> None:
+    for key in headers:
+        if key not in expected:
+            raise InvalidArtifact(f"{WEIGHTS_FILE}: {key}", _why_unexpected(key, linears))
+    if not expected:
+        raise InvalidArtifact(config_field("target_modules"), "selects no module that can be adapted on this base")
+    for key, shape in expected.items():
+        if key not in headers:
+            raise InvalidArtifact(f"{WEIGHTS_FILE}: {key}", "missing, though the configuration asks for it")
+        if headers[key].shape != shape:
+            raise InvalidArtifact(
+                f"{WEIGHTS_FILE}: {key}", f"its shape is {headers[key].shape}; this base needs {shape}"
+            )
+
+
+def _why_unexpected(key: str, linears: Mapping[str, LinearShape]) -> str:
+    name = key.removeprefix(PREFIX)
+    module = next((name[:end] for end in _dots(name) if name[:end] in linears), None)
+    if key.endswith(".base_layer.weight"):  # PEFT adds the embeddings by default when the head is adapted
+        return "a copy of the base's weights is not supported: save the adapter with save_embedding_layers=False"
+    if module is None:
+        return f"{name} belongs to no module that can be adapted on this base"
+    return "unexpected: the configuration asks for no such tensor"
+
+
+def _dots(name: str) -> Iterator[int]:
+    end = len(name)
+    while (end := name.rfind(".", 0, end)) > 0:
+        yield end

@@ -1,0 +1,269 @@
+"""What each method's pieces do, held against PEFT's own layers in float64; and what each refuses."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hatrack_server.adapters import methods
+from hatrack_server.adapters.methods.lokr import factorized
+from hatrack_server.adapters.pieces import Kronecker, LowRank, OutputScale, Pieces, Stage
+from hatrack_server.adapters.safetensors_header import TensorHeader, read_header
+from hatrack_server.errors import InvalidArtifact
+from hatrack_server.kernels.runs import Run
+from hatrack_server.types import LinearShape
+
+SHAPES = {"attn.q_proj": LinearShape(24, 36), "attn.k_proj": LinearShape(12, 36), "mlp.down_proj": LinearShape(36, 20)}
+ADALORA = {"init_r": 6, "target_r": 2, "total_step": 10}
+CONFIGS: dict[str, peft.PeftConfig] = {
+    "lora": peft.LoraConfig(r=3, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 5}),
+    "rslora": peft.LoraConfig(r=3, use_rslora=True, target_modules=["k_proj"]),
+    "lora with biases": peft.LoraConfig(r=3, lora_alpha=8, lora_bias=True, target_modules="all-linear"),
+    "dora": peft.LoraConfig(r=3, lora_alpha=8, use_dora=True, target_modules="all-linear"),
+    "dora, rank-stabilised": peft.LoraConfig(r=4, use_dora=True, use_rslora=True, target_modules=["q_proj"]),
+    "loha": peft.LoHaConfig(r=3, alpha=2, target_modules=["q_proj", "down_proj"], alpha_pattern={"q_proj": 7}),
+    "lokr": peft.LoKrConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"]),
+    "lokr, whole": peft.LoKrConfig(r=64, target_modules=["q_proj", "down_proj"]),
+    "lokr, both decomposed": peft.LoKrConfig(r=1, decompose_both=True, target_modules=["q_proj", "down_proj"]),
+    "lokr by 4": peft.LoKrConfig(r=2, decompose_factor=4, rank_pattern={"q_proj": 1}, target_modules="all-linear"),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3, all outputs": peft.IA3Config(target_modules=".*_proj", feedforward_modules=[]),
+    "adalora": peft.AdaLoraConfig(target_modules=["q_proj", "down_proj"], lora_alpha=4, **ADALORA),
+    "adalora, alpha 0": peft.AdaLoraConfig(target_modules=["q_proj"], lora_alpha=0, **ADALORA),
+    "adalora, pruned": peft.AdaLoraConfig(
+        target_modules=["q_proj", "k_proj"],
+        rank_pattern={"attn.q_proj.lora_E": [True, False, True, True, False, False], "attn.k_proj.lora_E": [False] * 6},
+        **ADALORA,
+    ),
+    "vera": peft.VeraConfig(r=5, target_modules=["q_proj", "down_proj"]),
+    "vera, from its seed": peft.VeraConfig(r=5, save_projection=False, projection_prng_key=7, target_modules=".*_proj"),
+    "miss": peft.MissConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "miss, r no divisor": peft.MissConfig(r=7, target_modules=["q_proj"]),
+}
+
+
+class Net(nn.Module):
+    """Three linear layers of a base, each on inputs of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.ModuleDict({
+            "q_proj": nn.Linear(36, 24, bias=True), "k_proj": nn.Linear(36, 12, bias=False),
+        })  # fmt: skip
+        self.mlp = nn.ModuleDict({"down_proj": nn.Linear(20, 36, bias=True)})
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.get_submodule(name)(x) for name, x in inputs.items()}
+
+
+class Layers:
+    """A base's linear layers in float64."""
+
+    shapes = SHAPES
+
+    def __init__(self, net: Net) -> None:
+        self._net = net
+
+    def project(self, layer: str, rows: Tensor) -> Tensor:
+        return rows @ self._weight(layer).mT
+
+    def squared_norms(self, layer: str) -> Tensor:
+        return self._weight(layer).square().sum(1)
+
+    def bias(self, layer: str) -> Tensor | None:
+        bias = self._net.get_submodule(layer).bias
+        return None if bias is None else bias.detach()
+
+    def _weight(self, layer: str) -> Tensor:
+        weight: Tensor = self._net.get_submodule(layer).weight
+        return weight.detach()
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(7, shape.in_features, generator=generator, dtype=torch.float64)
+        for name, shape in SHAPES.items()
+    }
+
+
+def saved(config: peft.PeftConfig, path: Path) -> tuple[peft.PeftModel, dict[str, Any]]:
+    """PEFT's model with random weights, loaded from what PEFT saved; and the saved configuration."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(Net().double(), config, autocast_adapter_dtype=False)
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if model.prefix in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        model.double().save_pretrained(path)
+        loaded = peft.PeftModel.from_pretrained(Net().double(), path, autocast_adapter_dtype=False).double()
+    for name, value in load_file(path / "adapter_model.safetensors").items():
+        assert value.dtype is torch.float64, name
+    return loaded.eval(), json.loads((path / "adapter_config.json").read_text())
+
+
+def applied(pieces: Pieces, layer: str, x: Tensor, net: Net) -> Tensor:
+    """The layer's output for tokens that all have these pieces."""
+    run = [Run(0, len(x), 0)]
+    mine = sorted((piece for where, piece in pieces if where == layer), key=lambda piece: piece.stage)
+    seen = x.clone()
+    for piece in mine:
+        if piece.stage is Stage.INPUT:
+            piece.act(seen, x, tuple(tensor[None] for tensor in piece.tensors), run)
+    y = net.get_submodule(layer)(seen)
+    for piece in mine:
+        if piece.stage is not Stage.INPUT:
+            piece.act(y, x, tuple(tensor[None].double() for tensor in piece.tensors), run)
+    return y
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    """float64 throughout: VeRA draws its matrices in the default dtype."""
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_pieces_do_what_peft_does(name: str, tmp_path: Path) -> None:
+    model, config = saved(CONFIGS[name], tmp_path)
+    headers = read_header(tmp_path / "adapter_model.safetensors")
+    spec = methods.describe(config, headers, SHAPES, max_rank=64)
+    assert spec.tensors == {key: header.shape for key, header in headers.items()}
+    net = Net().double()
+    pieces = methods.compile(config, load_file(tmp_path / "adapter_model.safetensors"), Layers(net))
+    kinds = [(layer, type(piece)) for layer, piece in pieces]
+    assert len(set(kinds)) == len(kinds)
+    assert {layer for layer, _ in kinds} <= SHAPES.keys()
+    given = inputs()
+    wanted, base = model(given), net(given)
+    changed = 0
+    for layer, x in given.items():
+        torch.testing.assert_close(applied(pieces, layer, x, net), wanted[layer], rtol=0, atol=1e-12)
+        changed += not torch.equal(wanted[layer], base[layer])
+    assert changed == len({layer for layer, _ in kinds})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tensor_is_needed_and_no_other_taken(name: str, tmp_path: Path) -> None:
+    _, config = saved(CONFIGS[name], tmp_path)
+    headers = read_header(tmp_path / "adapter_model.safetensors")
+    for key, header in headers.items():
+        without = {other: value for other, value in headers.items() if other != key}
+        longer = headers | {key: TensorHeader("F64", (*header.shape[:-1], header.shape[-1] + 1))}
+        for wrong in (without, longer):
+            with pytest.raises(InvalidArtifact) as refused:
+                methods.describe(config, wrong, SHAPES, max_rank=64)
+            assert refused.value.field.startswith(("adapter_model.safetensors: base_model.", "adapter_config.json"))
+    more = headers | {"base_model.model.attn.k_proj.other": TensorHeader("F64", (3,))}
+    with pytest.raises(InvalidArtifact, match="asks for no such tensor"):
+        methods.describe(config, more, SHAPES, max_rank=64)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_option_of_this_peft_is_known_or_off_by_default(name: str) -> None:
+    config = CONFIGS[name].to_dict()
+    config["peft_type"] = config["peft_type"].value
+    with pytest.raises(InvalidArtifact) as refused:
+        methods.describe(config | {"an_option_of_a_later_peft": "on"}, {}, SHAPES, max_rank=64)
+    assert refused.value.field == "adapter_config.json: an_option_of_a_later_peft"
+
+
+WRONG: dict[str, list[tuple[str, Any]]] = {
+    "loha": [("r", 0), ("r", "3"), ("alpha", None), ("alpha", 1e39), ("rank_pattern", [1]), ("modules_to_save", ["x"])],
+    "lokr": [("r", True), ("alpha", "1"), ("decompose_factor", 0), ("decompose_factor", "x"), ("decompose_both", 1)],
+    "ia3": [("feedforward_modules", None), ("feedforward_modules", [1]), ("modules_to_save", ["lm_head"])],
+    "adalora": [("init_r", 0), ("init_r", 1), ("use_dora", True), ("lora_bias", True), ("alpha_pattern", {"x": 1}),
+                ("bias", "all"), ("init_lora_weights", "pissa"), ("lora_alpha", "4")],
+    "vera": [("r", 0), ("bias", "vera_only"), ("projection_prng_key", -1), ("projection_prng_key", "0")],
+    "miss": [("r", 0), ("bias", "all"), ("init_weights", "bat"), ("init_weights", "mini")],
+    "dora": [("use_dora", "yes"), ("lora_bias", 1), ("use_qalora", True), ("bias", "lora_only")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [(n, k, v) for n, wrong in WRONG.items() for k, v in wrong])
+def test_what_is_wrong_is_refused_by_its_key(name: str, key: str, value: Any, tmp_path: Path) -> None:
+    _, config = saved(CONFIGS[name], tmp_path)
+    with pytest.raises(InvalidArtifact) as refused:
+        methods.describe(config | {key: value}, read_header(tmp_path / "adapter_model.safetensors"), SHAPES, max_rank=64)
+    assert refused.value.field == f"adapter_config.json: {key}"
+
+
+def test_loha_counts_its_squared_rank(tmp_path: Path) -> None:
+    _, config = saved(CONFIGS["loha"], tmp_path)
+    headers = read_header(tmp_path / "adapter_model.safetensors")
+    assert methods.describe(config, headers, SHAPES, max_rank=9).rank == 9
+    with pytest.raises(InvalidArtifact, match="rank 9"):
+        methods.describe(config, headers, SHAPES, max_rank=8)
+
+
+def test_a_module_pruned_to_nothing_has_no_piece(tmp_path: Path) -> None:
+    _, config = saved(CONFIGS["adalora, pruned"], tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    [(layer, piece)] = methods.compile(config, tensors, Layers(Net().double()))
+    assert layer == "attn.q_proj"
+    assert isinstance(piece, LowRank)
+    assert piece.rank == 3
+
+
+@pytest.mark.parametrize("dimension", [1, 12, 36, 127, 128, 250, 256, 2048, 5632])
+@pytest.mark.parametrize("divisor", [-1, 1, 4, 8, 10, 16])
+def test_dimensions_are_split_as_peft_splits_them(dimension: int, divisor: int) -> None:
+    from peft.tuners.lokr.layer import factorization
+
+    assert factorized(dimension, divisor) == factorization(dimension, divisor)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "parameters"),
+    [
+        (peft.LoraConfig(r=8, target_modules=["w"]), 256, 2 * 256 * 8),
+        (peft.LoHaConfig(r=8, target_modules=["w"]), 256, 4 * 256 * 8),
+        (peft.LoKrConfig(r=4, target_modules=["w"]), 256, 384),
+        (peft.LoKrConfig(r=8, target_modules=["w"]), 4096, 5120),
+    ],
+    ids=["lora", "loha", "lokr 256", "lokr 4096"],
+)
+def test_parameter_counts_of_the_papers(config: peft.PeftConfig, size: int, parameters: int, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = peft.get_peft_model(nn.ModuleDict({"w": nn.Linear(size, size, bias=False)}), config)
+    headers = {
+        f"base_model.model.{name.removeprefix('base_model.model.')}".replace(".default", ""): TensorHeader(
+            "F32", tuple(parameter.shape)
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    saved_config = config.to_dict() | {"peft_type": config.peft_type.value, "target_modules": ["w"]}
+    assert methods.describe(saved_config, headers, {"w": LinearShape(size, size)}, max_rank=64).parameters == parameters
+
+
+def test_what_a_program_takes_in_memory_is_told_beforehand(tmp_path: Path) -> None:
+    for number, config in enumerate(CONFIGS.values()):
+        _, read = saved(config, tmp_path / str(number))
+        path = tmp_path / str(number) / "adapter_model.safetensors"
+        spec = methods.describe(read, read_header(path), SHAPES, max_rank=64)
+        pieces = methods.compile(read, load_file(path), Layers(Net().double()))
+        taken = sum(
+            tensor.numel() * (4 if piece.dtype is torch.float32 else 2) for _, piece in pieces for tensor in piece.tensors
+        )
+        assert spec.resident_bytes == pytest.approx(taken, rel=0.15), config.peft_type
+
+
+def test_kinds_of_pieces() -> None:
+    assert LowRank(torch.zeros(3, 4), torch.zeros(3, 5)).shapes == ((4, 4), (4, 5))
+    assert Kronecker(torch.zeros(3, 4), torch.zeros(3, 5)).shapes == ((3, 4), (3, 5))
+    assert OutputScale(torch.zeros(3)).shapes == ((3,),)

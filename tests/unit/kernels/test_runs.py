@@ -1,0 +1,162 @@
+"""The kernels that act on runs: each against its reference, token by token, on all sorts of batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
+from hatrack_server.kernels.low_rank import add_low_rank, add_low_rank_reference
+from hatrack_server.kernels.rowwise import add_vector, multiply_vector
+from hatrack_server.kernels.runs import Run, each_token, merge_runs
+
+ROWS, IN, OUT = 9, 15, 8
+
+Stacks = tuple[Tensor, ...]
+Kernel = Callable[[Tensor, Tensor, Stacks, list[Run]], None]
+
+
+def multiply_reference(y: Tensor, _: Tensor, stacks: Stacks, runs: list[Run]) -> None:
+    for token, row in each_token(runs):
+        y[token] *= stacks[0][row]
+
+
+def add_reference(y: Tensor, _: Tensor, stacks: Stacks, runs: list[Run]) -> None:
+    for token, row in each_token(runs):
+        y[token] += stacks[0][row]
+
+
+# The shapes of the stacks' rows, the kernel, its reference.
+KERNELS: dict[str, tuple[list[tuple[int, ...]], Kernel, Kernel]] = {
+    "low rank": (
+        [(3, IN), (3, OUT)],
+        lambda y, x, stacks, runs: add_low_rank(y, x, *stacks, runs=runs),
+        lambda y, x, stacks, runs: add_low_rank_reference(y, x, *stacks, runs=runs),
+    ),
+    "kronecker": (
+        [(2, 5), (4, 3)],
+        lambda y, x, stacks, runs: add_kronecker(y, x, *stacks, runs=runs),
+        lambda y, x, stacks, runs: add_kronecker_reference(y, x, *stacks, runs=runs),
+    ),
+    "multiply": ([(OUT,)], lambda y, _, stacks, runs: multiply_vector(y, stacks[0], runs), multiply_reference),
+    "add": ([(OUT,)], lambda y, _, stacks, runs: add_vector(y, stacks[0], runs), add_reference),
+}
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> tuple[Stacks, Kernel, Kernel]:
+    shapes, function, reference = KERNELS[request.param]
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(ROWS, *shape, generator=generator) for shape in shapes), function, reference
+
+
+def tokens(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, OUT, generator=generator), torch.randn(count, IN, generator=generator)
+
+
+def runs_of(rows: list[int | None], lengths: list[int]) -> list[Run]:
+    """One run for each sequence of an adapter; None is the base alone."""
+    starts = [0, *itertools.accumulate(lengths)]
+    return [Run(s, n, row) for s, n, row in zip(starts, lengths, rows, strict=False) if row is not None]
+
+
+SKEWS: dict[str, list[int | None]] = {
+    "distinct": list(range(ROWS)),
+    "uniform": [n % 3 for n in range(12)],
+    "zipf": random.Random(0).choices(range(ROWS), [1 / (n + 1) for n in range(ROWS)], k=17),
+    "all same": [4] * 11,
+    "single": [8],
+    "among the base": [None, 2, None, None, 3, 4, None],
+    "base alone": [None, None],
+}
+
+
+@pytest.mark.parametrize("lengths", [[1], [5], [1, 7, 2, 2]], ids=str)
+@pytest.mark.parametrize("skew", SKEWS)
+def test_equals_the_reference(kernel: tuple[Stacks, Kernel, Kernel], skew: str, lengths: list[int]) -> None:
+    stacks, function, reference = kernel
+    rows = SKEWS[skew]
+    sizes = [lengths[n % len(lengths)] for n in range(len(rows))]
+    y, x = tokens(sum(sizes))
+    runs = runs_of(rows, sizes)
+    wanted = y.clone()
+    reference(wanted, x, stacks, runs)
+    for given_runs in (runs, merge_runs(runs)):
+        found = y.clone()
+        function(found, x, stacks, given_runs)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_without_runs_nothing_changes(kernel: tuple[Stacks, Kernel, Kernel]) -> None:
+    stacks, function, _ = kernel
+    y, x = tokens(3)
+    before = y.clone()
+    function(y, x, stacks, [])
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pools_of_another_dtype_than_the_layers(kernel: tuple[Stacks, Kernel, Kernel], dtype: torch.dtype) -> None:
+    stacks, function, reference = kernel
+    y, x = (values.to(dtype) for values in tokens(6))
+    wanted, found = y.clone(), y.clone()
+    runs = [Run(0, 2, 1, 2), Run(4, 2, 0)]
+    reference(wanted, x, stacks, runs)
+    function(found, x, stacks, runs)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_bad_adapter_touches_its_own_tokens_only(kernel: tuple[Stacks, Kernel, Kernel]) -> None:
+    stacks, function, _ = kernel
+    y, x = tokens(8)
+    runs = merge_runs([Run(0, 2, 0), Run(2, 2, 1), Run(4, 2, 2)])
+    wanted = y.clone()
+    function(wanted, x, stacks, runs)
+    for stack in stacks:
+        stack[1] = math.nan
+    function(y, x, stacks, runs)
+    assert not y[2:4].isfinite().any()
+    assert torch.equal(y[:2], wanted[:2])
+    assert torch.equal(y[4:], wanted[4:])
+
+
+def test_a_bad_token_touches_no_other_of_its_adapter(kernel: tuple[Stacks, Kernel, Kernel]) -> None:
+    stacks, function, _ = kernel
+    y, x = tokens(4)
+    wanted = y.clone()
+    function(wanted, x, stacks, [Run(0, 4, 0)])
+    x[1] = y[1] = math.nan
+    function(y, x, stacks, [Run(0, 4, 0)])
+    others = [0, 2, 3]
+    torch.testing.assert_close(y[others], wanted[others])
+
+
+def rows_by_token(runs: list[Run]) -> dict[int, int]:
+    return dict(each_token(runs))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 5)), max_size=12))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_merging_keeps_every_tokens_row(parts: list[tuple[int, int, int]]) -> None:
+    runs: list[Run] = []
+    for gap, length, row in parts:
+        runs.append(Run((runs[-1].stop if runs else 0) + gap, length, row))
+    merged = merge_runs(runs)
+    assert rows_by_token(merged) == rows_by_token(runs)
+    assert len(merged) <= len(runs)
+
+
+def test_neighbours_in_tokens_and_rows_become_one() -> None:
+    assert merge_runs([Run(2, 1, 3), Run(3, 1, 4), Run(4, 1, 5)]) == [Run(2, 1, 3, 3)]
+    for apart in (Run(4, 1, 4), Run(3, 2, 4), Run(3, 1, 5), Run(3, 1, 3)):
+        assert merge_runs([Run(2, 1, 3), apart]) == [Run(2, 1, 3), apart]
