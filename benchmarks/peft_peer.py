@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, StoppingCriteriaList
 from workload import DECODE_STEPS, PREFILL_NEW_TOKENS, WARM_UP_NEW_TOKENS, Case, Inputs, Measurement
 
 
@@ -55,20 +55,27 @@ def load(inputs: Inputs, adapters: int, device: str) -> Any:
 
 
 def measure(model: Any, case: Case, run: int) -> Measurement:
-    """A decode step is what the long run takes more than the short one, per token."""
-    long = PREFILL_NEW_TOKENS + DECODE_STEPS
+    """The prefill is what passes until the batch's second token, a decode step the mean of those after it."""
     generate(model, case, case.prompts(run, "warm-up"), WARM_UP_NEW_TOKENS)
-    prefill = generate(model, case, case.prompts(run, "prefill"), PREFILL_NEW_TOKENS)
-    whole = generate(model, case, case.prompts(run, "decode"), long)
-    return Measurement(step_ms=(whole - prefill) / DECODE_STEPS * 1e3, prefill_s=prefill)
+    arrivals = generate(model, case, case.prompts(run, "decode"), PREFILL_NEW_TOKENS + DECODE_STEPS)
+    prefill = arrivals[PREFILL_NEW_TOKENS - 1]
+    return Measurement(step_ms=(arrivals[-1] - prefill) / DECODE_STEPS * 1e3, prefill_s=prefill)
 
 
-def generate(model: Any, case: Case, prompts: list[list[int]], new_tokens: int) -> float:
-    """Seconds of one greedy batch."""
+def generate(model: Any, case: Case, prompts: list[list[int]], new_tokens: int) -> list[float]:
+    """When one greedy batch got each of its tokens, in seconds from its start."""
     ids = torch.tensor(prompts, device=model.device)
     # Base rows cost PEFT least with its adapters off; a mixed batch names one for each row.
     mixed = {"adapter_names": case.adapters()} if case.distinct else {}
     base_only = model.disable_adapter() if isinstance(model, PeftModel) and not mixed else nullcontext()
+    arrivals: list[float] = []
+
+    def note_time(*_: Any, **__: Any) -> torch.Tensor:
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        arrivals.append(time.perf_counter() - start)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     start = time.perf_counter()
     with torch.inference_mode(), base_only:
         model.generate(
@@ -77,11 +84,10 @@ def generate(model: Any, case: Case, prompts: list[list[int]], new_tokens: int) 
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
+            stopping_criteria=StoppingCriteriaList([note_time]),
             **mixed,
         )
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return arrivals
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ BASE = BaseInfo(
     device="cpu",
 )
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-CHECKED = Checked(ProgramSpec("LORA", 2, 40, 160, {}), verified=True, warnings=())
+CHECKED = Checked(ProgramSpec("LORA", 2, 40, 160, {}), BASE.identity)
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 

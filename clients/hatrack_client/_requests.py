@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message as Protobuf
 
 from hatrack.v1 import adapters_pb2, inference_pb2
 from hatrack_client.errors import FailedPrecondition, InvalidArgument
@@ -23,27 +24,27 @@ def generate_request(
     """Exactly one of `prompt`, `messages` and `token_ids` must be given."""
     if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
         raise InvalidArgument("give exactly one of prompt, messages and token_ids", field="input")
-    return inference_pb2.GenerateRequest(
-        adapter=adapter,
-        prompt=prompt,
-        chat=None if messages is None else inference_pb2.Chat(messages=messages),
-        token_ids=None if token_ids is None else inference_pb2.TokenIds(ids=token_ids),
-        sampling=_sampling_params(sampling),
-        request_id=request_id,
-    )
-
-
-def _sampling_params(sampling: Mapping[str, object]) -> inference_pb2.SamplingParams:
-    params = inference_pb2.SamplingParams()
+    request = inference_pb2.GenerateRequest()
+    fields: dict[str, object] = {
+        "adapter": adapter,
+        "prompt": prompt,
+        "chat": None if messages is None else {"messages": messages},
+        "token_ids": None if token_ids is None else {"ids": token_ids},
+        "request_id": request_id,
+    }
+    for name, value in fields.items():
+        _set(request, name, value)
     for name, value in sampling.items():
-        if name == "stop" and isinstance(value, str):
-            value = [value]
-        try:
-            # One by one, so that the error names the field.
-            params.MergeFrom(inference_pb2.SamplingParams(**{name: value}))  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise InvalidArgument(f"sampling.{name}: {error}", field=f"sampling.{name}") from None
-    return params
+        _set(request.sampling, name, [value] if name == "stop" and isinstance(value, str) else value, "sampling.")
+    return request
+
+
+def _set(message: Protobuf, name: str, value: object, prefix: str = "") -> None:
+    """Sets one field alone, so that the error can name it."""
+    try:
+        message.MergeFrom(type(message)(**{name: value}))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{prefix}{name}: {error}", field=f"{prefix}{name}") from None
 
 
 def set_live_version(name: str, version: int, etag: str = "") -> adapters_pb2.UpdateAdapterRequest:

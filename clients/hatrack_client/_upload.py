@@ -18,16 +18,13 @@ Progress = Callable[[int, int], None]
 class Upload:
     """The files of `folder`, hashed once at construction and read again while they are sent.
 
-    Raises InvalidArgument, naming the file, when the folder is not a PEFT adapter saved as safetensors.
+    Raises InvalidArgument, naming the file, when the folder is not a readable PEFT adapter saved as safetensors.
     """
 
     def __init__(self, name: str, folder: Path, *, stage: bool, progress: Progress | None) -> None:
         self._paths = _adapter_files(folder)
         self._progress = progress
-        self._files = [
-            adapters_pb2.UploadFile(name=path.name, size=path.stat().st_size, sha256=file_sha256(path))
-            for path in self._paths
-        ]
+        self._files = list(map(_describe, self._paths))
         self._header = adapters_pb2.UploadHeader(name=name, files=self._files, stage=stage)
 
     def messages(self) -> Iterator[adapters_pb2.UploadAdapterRequest]:
@@ -49,6 +46,13 @@ def _adapter_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise InvalidArgument(f"{folder} has no {name}{_pickle_hint(folder, name)}", field=name)
     return [folder / name for name in (*ARTIFACT_FILES, MANIFEST_FILE) if (folder / name).is_file()]
+
+
+def _describe(path: Path) -> adapters_pb2.UploadFile:
+    try:
+        return adapters_pb2.UploadFile(name=path.name, size=path.stat().st_size, sha256=file_sha256(path))
+    except OSError as error:
+        raise InvalidArgument(f"{path} can't be read: {error.strerror}", field=path.name) from error
 
 
 def _pickle_hint(folder: Path, missing: str) -> str:

@@ -38,6 +38,9 @@ HELP = {
 }
 EXTRAS = {"hatrack_server": "server", "hatrack_trainer": "trainer"}
 
+OPTIONS = {"server": "--server", "api_key": "--api-key", "tls_ca": "--tls-ca"}
+"""The client's arguments that are spelt otherwise on the command line."""
+
 USERS_MISTAKES = (InvalidArgument, Unauthenticated, PermissionDenied, NotFound, FailedPrecondition, Aborted)
 
 
@@ -118,7 +121,10 @@ def run(args: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         return _fail(error.format_message(), error.exit_code)
     except HatrackClientError as error:
-        return _fail(str(error), 2 if isinstance(error, USERS_MISTAKES) else 1)
+        sentence = f"{OPTIONS[error.field]}: {error.message}" if error.field in OPTIONS else str(error)
+        return _fail(sentence, 2 if isinstance(error, USERS_MISTAKES) else 1)
+    except UnicodeError as error:
+        return _fail(f"text must be UTF-8: {error}", 2)
     return status if isinstance(status, int) else 0
 
 

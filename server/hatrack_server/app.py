@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,7 +23,6 @@ from hatrack_server.startup import LoadingProgress
 from hatrack_server.tenancy.keys import KeyStore
 from hatrack_server.text.codec import TextCodec
 
-THREADS = 32
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 T = TypeVar("T")
@@ -44,11 +42,11 @@ class Addresses:
 async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process as if there were no handler.
 
-    Calls `announce` once calls are answered. Raises StartupError when the server can't start as it was asked to.
+    Listens while the base loads, so that calls get UNAVAILABLE and health checks NOT_SERVING; calls `announce` once
+    they are served. Raises StartupError when the server can't start as it was asked to, and Unavailable when the
+    engine's process dies before the base is loaded.
     """
     configure_logging()
-    # Requests' short calls must find a thread while uploads are written and checked.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
     async with AsyncExitStack() as stack:
         stopped = stack.enter_context(_stop_on_signals())
         metrics = Metrics()
@@ -59,20 +57,25 @@ async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) 
         progress = LoadingProgress(Console(stderr=True))
         engine = _engine(config, metrics, progress)
         stack.push_async_callback(engine.stop)
-        # Before the base, which takes minutes: what is wrong with the data directory shows at once.
+        # The base takes minutes, so whatever else may be wrong shows before: the data directory, port or certificate.
         catalog = stack.enter_context(closing(_catalog(config, engine)))
         codec = await asyncio.to_thread(TextCodec, config.engine.model)
+        api = ApiServer(config, engine=engine, catalog=catalog, keys=keys, codec=codec, metrics=metrics)
+        port = await api.start()
+        stack.push_async_callback(_drain, api, config.drain_seconds)
         base = await _until(stopped, progress.follow(engine.start()))
         if base is None:
             return
         log.info("base loaded", architecture=base.architecture, device=base.device, memory=base.memory)
-        api = ApiServer(config, engine=engine, catalog=catalog, keys=keys, codec=codec, metrics=metrics)
-        port = await api.start()
+        await api.refresh_health()
         announce(Addresses(config.host, port, config.metrics_host, endpoint.port))
         await stopped.wait()
         log.info("draining", seconds=config.drain_seconds)
-        left = await api.stop(config.drain_seconds)
-        log.info("stopped", cut_off=left)
+
+
+async def _drain(api: ApiServer, seconds: float) -> None:
+    if left := await api.stop(seconds):
+        log.warning("calls cut off", calls=left)
 
 
 def _engine(config: ServerConfig, metrics: Metrics, progress: LoadingProgress) -> EngineClient:

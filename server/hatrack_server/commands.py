@@ -95,15 +95,15 @@ def _key_store(data_dir: Path) -> KeyStore:
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Turns what the user can mend into one sentence and exit status 2."""
-    from hatrack_server.errors import HatrackError, InvalidRequest
+    """Turns an error into one sentence, and exit status 2 when the user can mend it, else 1."""
+    from hatrack_server.errors import HatrackError, InvalidRequest, Unavailable
 
     try:
         yield
     except HatrackError as error:
         field = f"{error.field}: " if isinstance(error, InvalidRequest) else ""
         typer.echo(f"hatrack: {field}{error.message}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(1 if isinstance(error, Unavailable) else 2) from None
 
 
 def _authority(host: str, port: int) -> str:
@@ -121,9 +121,12 @@ def configure(given: dict[str, Any], file: Path | None) -> ServerConfig:
     settings = _read(file) if file else {}
     engine = settings.setdefault("engine", {})
     if not isinstance(engine, dict):
-        raise StartupError("engine must be a mapping of settings")
+        raise StartupError(f"--config {file}: engine must be a mapping of settings")
+    options: dict[tuple[int | str, ...], str] = {}  # where each given one lies in the settings
     for key, value in given.items():
-        (engine if key in EngineConfig.model_fields else settings)[key] = value
+        of_engine = key in EngineConfig.model_fields
+        (engine if of_engine else settings)[key] = value
+        options[("engine", key) if of_engine else (key,)] = f"--{key.replace('_', '-')}"
     if not isinstance(engine.get("model"), str):
         raise StartupError("--model is missing: a checkpoint's folder, or a hub id")
     try:
@@ -132,7 +135,10 @@ def configure(given: dict[str, Any], file: Path | None) -> ServerConfig:
         engine["model"] = resolve_checkpoint(engine["model"])
         return ServerConfig.model_validate(settings)
     except ValidationError as error:
-        raise StartupError(_sentence(error.errors()[0])) from None
+        first = error.errors()[0]
+        place = first["loc"]
+        name = options.get(place) or f"--config {file}: {'.'.join(map(str, place))}"
+        raise StartupError(_sentence(name, first)) from None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -151,10 +157,9 @@ def _read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _sentence(error: Any) -> str:
-    """One pydantic error as a sentence that names the option; a check over several fields names them itself."""
+def _sentence(name: str, error: Any) -> str:
+    """One pydantic error as a sentence that names the setting; a check over several of them names them itself."""
     message = str(error["msg"]).removeprefix("Value error, ")
-    name = str(error["loc"][-1]) if error["loc"] else ""
-    if not name or name == "engine":
+    if error["loc"] in ((), ("engine",)):
         return message
-    return f"--{name.replace('_', '-')}: {message[:1].lower()}{message[1:]} (got {error['input']!r})"
+    return f"{name}: {message[:1].lower()}{message[1:]} (got {error['input']!r})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +19,11 @@ class Database:
     `lock` is reentrant and public, so that a caller can join what it keeps in memory to a transaction.
     """
 
-    def __init__(self, path: Path, schema: str, *, version: int) -> None:
-        """Opens or creates `path`; raises StartupError when it can't be used or is of another schema version."""
+    def __init__(self, path: Path, schemas: Sequence[str]) -> None:
+        """Opens or creates `path`; raises StartupError when it can't be used, or a newer Hatrack has written it.
+
+        `schemas` are scripts: the first makes an empty file's tables, each other one brings them to the next version.
+        """
         self.lock = threading.RLock()
         try:
             self._sql = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -30,7 +33,7 @@ class Database:
             self._sql.execute("PRAGMA journal_mode = WAL")
             self._sql.execute("PRAGMA synchronous = FULL")
             self._sql.execute("PRAGMA foreign_keys = ON")
-            self._migrate(path, schema, version)
+            self._migrate(path, schemas)
         except sqlite3.Error as error:
             self._sql.close()
             raise StartupError(f"{path} can't be used: {error}") from None
@@ -38,15 +41,17 @@ class Database:
             self._sql.close()
             raise
 
-    def _migrate(self, path: Path, schema: str, version: int) -> None:
+    def _migrate(self, path: Path, schemas: Sequence[str]) -> None:
         with self.transaction() as sql:
             (found,) = sql.execute("PRAGMA user_version").fetchone()
-            if found == 0:
+            if found > len(schemas):
+                raise StartupError(
+                    f"{path} has schema version {found}, of a newer Hatrack: this one knows {len(schemas)}"
+                )
+            for schema in schemas[found:]:
                 for statement in schema.split(";"):  # executescript would commit first
                     sql.execute(statement)
-                sql.execute(f"PRAGMA user_version = {version}")
-            elif found != version:
-                raise StartupError(f"{path} has schema version {found}; this Hatrack needs {version}")
+            sql.execute(f"PRAGMA user_version = {len(schemas)}")
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

@@ -4,11 +4,12 @@ HatrackError
 ├── InvalidRequest          a field of a request is wrong                     field, reason
 │   └── InvalidArtifact     an uploaded adapter is wrong                      field: a file, key or tensor
 ├── NotFound                absent, or another tenant's: the same answer
-├── Conflict                the thing changed meanwhile, or is in the way
+├── Conflict                the thing changed meanwhile: read it again
+├── FailedPrecondition      the thing's state forbids the call, however often it is made
 ├── Unauthenticated         no key, or not one of ours
 ├── Overloaded              the queue is full                                 retry_after
 ├── DeadlinePassed          too late to start, or to go on
-├── Unavailable             the engine starts, died or drains
+├── Unavailable             the engine starts, died or drains; at the start: `hatrack serve` exits with 1
 ├── GenerationFailed        this completion alone could not go on
 └── StartupError            the server can't start: `hatrack serve` prints it and exits with 2
 """
@@ -49,9 +50,15 @@ class NotFound(HatrackError):
 
 
 class Conflict(HatrackError):
-    """The thing changed meanwhile (a stale etag), or its state forbids the call."""
+    """The thing changed meanwhile: a stale etag."""
 
     reason = "CONFLICT"
+
+
+class FailedPrecondition(HatrackError):
+    """The thing's state forbids the call: trying again can't help before that state is another."""
+
+    reason = "FAILED_PRECONDITION"
 
 
 class Unauthenticated(HatrackError):

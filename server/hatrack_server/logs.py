@@ -9,7 +9,10 @@ import structlog
 
 
 def configure_logging() -> None:
-    """Sends structlog's and the standard library's records through one formatter. Replaces the root's handlers."""
+    """Sends structlog's and the standard library's records, and Python's warnings, through one formatter.
+
+    For the process as a whole, front or engine's: replaces the root's handlers.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -27,6 +30,7 @@ def configure_logging() -> None:
     renderers = [remove_meta, *_renderers(tty=sys.stderr.isatty())]
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=renderers, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.captureWarnings(True)
 
 
 def _renderers(*, tty: bool) -> list[structlog.typing.Processor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hatrack.manifest import BaseIdentity
+from hatrack_server.errors import Unavailable
 from hatrack_server.types import Artifact, BaseInfo, Delta, FinishReason, LinearShape, Sampling, TokenLogprobs
 
 BOS, EOS = 256, 257
@@ -36,10 +37,16 @@ class FakeEngine:
     late_error: Exception | None = None  # raised after the last one
     stall: bool = False  # never ends after the script
     ready: bool = True
-    base: BaseInfo = BASE
+    loaded: BaseInfo | None = BASE
     calls: list[dict[str, Any]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     in_flight: int = 0
+
+    @property
+    def base(self) -> BaseInfo:
+        if self.loaded is None:
+            raise Unavailable("the engine is starting")
+        return self.loaded
 
     async def generate(
         self,

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 from contract.artifacts import header, lora, upload
 from contract.conftest import Harness, failure
+from contract.fake_engine import BASE
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from hatrack.manifest import CONFIG_FILE, WEIGHTS_FILE
+from hatrack.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest, artifact_digest
 from hatrack.v1 import adapters_pb2 as pb
+from hatrack_server.catalog import gate
 from hatrack_server.errors import GenerationFailed, Unavailable
 
 Code = grpc.StatusCode
@@ -38,12 +43,27 @@ async def test_versions_come_live_and_back(harness: Harness) -> None:
     assert promoted.live_version == 2
     stale = await failure(service.UpdateAdapter(update("tone", 1, again.etag)))
     assert (stale.code, stale.reason) == (Code.ABORTED, "CONFLICT")
+    live = await failure(service.DeleteAdapter(pb.DeleteAdapterRequest(name="tone@2")))
+    assert (live.code, live.reason) == (Code.FAILED_PRECONDITION, "FAILED_PRECONDITION")
     await service.DeleteAdapter(pb.DeleteAdapterRequest(name="tone@1"))
     got = await service.GetAdapter(pb.GetAdapterRequest(name="tone@2"))
     assert ([version.version for version in got.versions], got.version) == ([2], 2)
     await service.DeleteAdapter(pb.DeleteAdapterRequest(name="tone"))
     assert (await failure(service.GetAdapter(pb.GetAdapterRequest(name="tone")))).code is Code.NOT_FOUND
     assert harness.artifacts() == []
+
+
+async def test_a_version_is_held_against_the_base_that_is_served_now(harness: Harness) -> None:
+    files = lora()
+    digest = artifact_digest({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+    files[MANIFEST_FILE] = Manifest(digest, BASE.identity, "LORA").to_json().encode()
+    made = await harness.adapters.UploadAdapter(upload("tone", files))
+    assert (made.versions[0].verified, list(made.versions[0].warnings)) == (True, [])
+    harness.engine.loaded = replace(BASE, identity=replace(BASE.identity, chat_template="d" * 64))
+    [got] = (await harness.adapters.ListAdapters(pb.ListAdaptersRequest())).adapters
+    assert not got.versions[0].verified
+    [warning] = got.versions[0].warnings
+    assert "chat template" in warning
 
 
 async def test_the_canary_runs_the_staged_adapter(harness: Harness) -> None:
@@ -104,6 +124,33 @@ async def test_a_refused_upload_leaves_nothing(harness: Harness, parts: list[Any
     assert field is None or got.field == field
     assert str(harness.data_dir) not in got.message
     await nothing_is_left(harness)
+
+
+async def test_other_calls_find_a_thread_while_uploads_are_checked(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, check = threading.Event(), gate.check
+
+    def slow_check(*args: Any, **options: Any) -> gate.Checked:
+        assert go_on.wait(10)
+        return check(*args, **options)
+
+    monkeypatch.setattr(gate, "check", slow_check)
+    key = harness.keys.create_key("acme")
+    credential = (("authorization", f"Bearer {key}"),)
+    files = lora()
+    uploads = [
+        asyncio.ensure_future(harness.adapters.UploadAdapter(upload(f"n{i}", files), metadata=credential))
+        for i in range(40)
+    ]
+    try:
+        async with asyncio.timeout(8):
+            while len(harness.artifacts()) < len(uploads):
+                await asyncio.sleep(0.01)
+            await harness.adapters.ListAdapters(pb.ListAdaptersRequest(), metadata=credential)
+    finally:
+        go_on.set()
+    await asyncio.gather(*uploads)
 
 
 async def test_an_abandoned_upload_leaves_nothing(harness: Harness) -> None:

@@ -128,6 +128,6 @@ async def test_a_hopeless_text_is_refused_untokenised(harness: Harness, monkeypa
 
 async def test_a_token_that_only_the_tokenizer_knows(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fine-tuned tokenizers often have added tokens past the end of the base's embedding."""
-    monkeypatch.setattr(harness.engine, "base", replace(harness.engine.base, vocab_size=100))
+    monkeypatch.setattr(harness.engine, "loaded", replace(harness.engine.base, vocab_size=100))
     got = await failure(harness.inference.Generate(pb.GenerateRequest(prompt="ü")))
     assert (got.code, got.field) == (grpc.StatusCode.INVALID_ARGUMENT, "prompt")

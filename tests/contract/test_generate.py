@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import grpc
@@ -24,6 +25,10 @@ async def stream(harness: Harness, message: pb.GenerateRequest) -> tuple[list[pb
     events = [event async for event in harness.inference.StreamGenerate(message)]
     assert [event.WhichOneof("event") for event in events] == ["delta"] * (len(events) - 1) + ["end"]
     return [event.delta for event in events[:-1]], events[-1].end
+
+
+def failures(harness: Harness, reason: str) -> float | None:
+    return harness.metrics.registry.get_sample_value("hatrack_errors_total", {"reason": reason})
 
 
 async def eventually(condition: Any) -> None:
@@ -153,7 +158,7 @@ async def test_errors_of_the_engine(
     assert (got.code, got.reason) == (code, reason)
     assert "secret" not in got.message
     assert got.retry_seconds == (1.5 if reason == "OVERLOADED" else None)
-    assert harness.metrics.registry.get_sample_value("hatrack_errors_total", {"reason": reason}) == 1
+    assert failures(harness, reason) == 1
 
 
 async def test_a_cancel_ends_the_generation_and_the_lease(harness: Harness) -> None:
@@ -175,6 +180,31 @@ async def test_a_passed_deadline_ends_the_generation(harness: Harness) -> None:
         await harness.inference.Generate(request(), timeout=0.2)
     assert caught.value.code() is Code.DEADLINE_EXCEEDED
     await eventually(lambda: harness.engine.in_flight == 0)
+    await eventually(lambda: failures(harness, "DEADLINE_PASSED") == 1)
+
+
+async def test_a_cancel_is_counted(harness: Harness) -> None:
+    harness.engine.stall = True
+    call = harness.inference.StreamGenerate(request(), timeout=60)
+    await call.read()
+    call.cancel()
+    await eventually(lambda: failures(harness, "CANCELLED") == 1)
+    assert failures(harness, "DEADLINE_PASSED") is None
+
+
+async def test_token_ids_do_not_wait_for_prompts_that_are_tokenised(
+    harness: Harness, codec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(codec, "encode", lambda _: [0] if go_on.wait(10) else [])
+    waiting = [asyncio.ensure_future(harness.inference.Generate(request())) for _ in range(10)]
+    try:
+        async with asyncio.timeout(5):
+            await harness.inference.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2])))
+        assert [call["prompt"] for call in harness.engine.calls] == [(1, 2)]
+    finally:
+        go_on.set()
+    await asyncio.gather(*waiting)
 
 
 async def test_a_slow_reader_waits_for_itself_alone(harness: Harness) -> None:

@@ -40,6 +40,10 @@ async def test_keys_close_the_door(harness: Harness) -> None:
     assert [call["tenant"] for call in harness.engine.calls] == ["default", "acme"]
     assert harness.engine.calls[0]["salt"] != harness.engine.calls[1]["salt"]
     assert await status(harness) == SERVING
+    [record] = harness.keys.list_keys()
+    harness.keys.revoke_key(record.id)
+    for metadata in ((), bearer(key)):
+        assert (await failure(harness.inference.Generate(HELLO, metadata=metadata))).code is Code.UNAUTHENTICATED
 
 
 async def test_a_foreign_adapter_is_an_unknown_one(harness: Harness) -> None:

@@ -176,10 +176,29 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, data: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_a_target_that_no_module_has(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    config = configure(tiny_llama, data, tmp_path / "out", adapter=AdapterSection(target_modules=["nowhere"]))
-    with pytest.raises(UsageError, match=r"adapter: .*nowhere"):
+@pytest.mark.parametrize("target", ["nowhere", "embed_tokens"])
+def test_a_wrong_target_is_found_before_anything_is_read(tiny_llama: Path, tmp_path: Path, target: str) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    (tmp_path / "model.safetensors").touch()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("not JSON")
+    config = configure(tmp_path, rows, tmp_path / "out", adapter=AdapterSection(target_modules=[target]))
+    with pytest.raises(UsageError, match=f"adapter.target_modules: {target} "):
         train(config)
+
+
+def test_an_absent_file_is_found_before_the_base_is_looked_for(data: Path, tmp_path: Path) -> None:
+    config = configure(tmp_path / "no-base", data, tmp_path / "out")
+    absent = config.data.model_copy(update={"eval": tmp_path / "absent.jsonl"})
+    with pytest.raises(UsageError, match=r"absent\.jsonl: can't be read"):
+        train(config.model_copy(update={"data": absent}))
+
+
+def test_the_folder_may_be_a_link_that_leads_nowhere_yet(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("real")
+    train(configure(tiny_llama, data, tmp_path / "out", train=STEPS.model_copy(update={"max_steps": 1})))
+    assert (tmp_path / "real" / "manifest.json").is_file()
 
 
 class TestCommand:

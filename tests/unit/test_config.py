@@ -87,7 +87,8 @@ class TestCommandLine:
         assert "\n" not in caught.value.message
 
     @pytest.mark.parametrize(
-        ("text", "message"), [("[1]", "mapping"), ("a: [", "not YAML"), ("engine: 3", "mapping"), ("prot: 1", "--prot")]
+        ("text", "message"),
+        [("[1]", "mapping"), ("a: [", "not YAML"), ("engine: 3", "mapping"), ("prot: 1", r"hatrack.yaml: prot: ")],
     )
     def test_a_wrong_file(self, file: Path, text: str, message: str) -> None:
         file.write_text(text)

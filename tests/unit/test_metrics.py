@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import generate_latest
 
+from hatrack_server.catalog.names import is_name
 from hatrack_server.errors import StartupError
 from hatrack_server.metrics import MAX_ADAPTER_SERIES, OTHER, Metrics, MetricsEndpoint
 from hatrack_server.types import EngineStats
@@ -33,7 +34,7 @@ def fill(metrics: Metrics) -> None:
     """Touches everything, so that every series is there."""
     metrics.started(queue=0.1, first_token=0.2)
     metrics.went_on(seconds=0.3, tokens=3)
-    metrics.completed("acme", "tone", 5)
+    metrics.token_count("acme", "tone")(5)
     metrics.failed("NOT_FOUND")
     metrics.set_ready(True)
     metrics.observe(EngineStats(steps=2, running=1, adapter_loads=(0.5,), adapters_per_step=(0, 3)))
@@ -65,18 +66,61 @@ def test_joined_tokens_count_one_by_one(metrics: Metrics) -> None:
     assert value(metrics, "hatrack_inter_token_seconds_sum") == pytest.approx(0.3)
 
 
+def tokens(metrics: Metrics, adapter: str) -> float | None:
+    tenant = OTHER if adapter == OTHER else "acme"
+    return value(metrics, "hatrack_adapter_completion_tokens_total", tenant=tenant, adapter=adapter)
+
+
+def fill_series(metrics: Metrics, each: int) -> None:
+    """Adapters a0, a1, … take every place there is, a0 with `each` tokens and the others with one more."""
+    for i in range(MAX_ADAPTER_SERIES):
+        metrics.token_count("acme", f"a{i}")(each + (i > 0))
+
+
 def test_adapter_series_are_capped_and_go_with_their_adapter(metrics: Metrics) -> None:
-    name = "hatrack_adapter_completion_tokens_total"
-    for i in range(MAX_ADAPTER_SERIES + 2):
-        metrics.completed("acme", f"a{i}", 5)
-    assert value(metrics, name, tenant="acme", adapter="a0") == 5
-    assert value(metrics, name, tenant="acme", adapter=f"a{MAX_ADAPTER_SERIES}") is None
-    assert value(metrics, name, tenant=OTHER, adapter=OTHER) == 10
+    fill_series(metrics, 5)
+    metrics.token_count("acme", "late")(5)
+    metrics.token_count("acme", "later")(5)
+    assert (tokens(metrics, "a0"), tokens(metrics, "late"), tokens(metrics, OTHER)) == (5, None, 10)
     metrics.forget_adapter("acme", "a0")
     metrics.forget_adapter("acme", "never-seen")
-    assert value(metrics, name, tenant="acme", adapter="a0") is None
-    metrics.completed("acme", "new", 7)
-    assert value(metrics, name, tenant="acme", adapter="new") == 7
+    assert tokens(metrics, "a0") is None
+    metrics.token_count("acme", "new")(7)
+    assert tokens(metrics, "new") == 7
+
+
+def test_a_request_that_outlives_its_adapter_does_not_bring_the_series_back(metrics: Metrics) -> None:
+    shown, unseen = metrics.token_count("acme", "tone"), metrics.token_count("acme", "voice")
+    shown(3)
+    for name in ("tone", "voice"):
+        metrics.forget_adapter("acme", name)
+    shown(4)
+    unseen(5)
+    assert (tokens(metrics, "tone"), tokens(metrics, "voice"), tokens(metrics, OTHER)) == (None, None, 9)
+    metrics.token_count("acme", "tone")(2)  # another adapter, pushed under the name
+    shown(1)
+    assert (tokens(metrics, "tone"), tokens(metrics, OTHER)) == (2, 10)
+
+
+def test_a_far_busier_adapter_takes_the_least_busy_one_s_place_and_no_series_goes_down(metrics: Metrics) -> None:
+    fill_series(metrics, 9)
+    late = metrics.token_count("acme", "late")
+    late(10)
+    late(8)
+    assert (tokens(metrics, "late"), tokens(metrics, "a0"), tokens(metrics, OTHER)) == (None, 9, 18)
+    late(1)
+    assert (tokens(metrics, "late"), tokens(metrics, "a0"), tokens(metrics, OTHER)) == (1, None, 18)
+    metrics.token_count("acme", "a0")(2)
+    assert (tokens(metrics, "a0"), tokens(metrics, OTHER)) == (None, 20)
+    metrics.token_count("acme", "a0")(20)
+    assert (tokens(metrics, "a0"), tokens(metrics, OTHER)) == (29, 20)
+
+
+def test_an_adapter_called_other_is_not_the_others(metrics: Metrics) -> None:
+    metrics.token_count("other", "other")(3)
+    assert value(metrics, "hatrack_adapter_completion_tokens_total", tenant="other", adapter="other") == 3
+    assert tokens(metrics, OTHER) == 0
+    assert not is_name(OTHER)
 
 
 def test_served_over_http(metrics: Metrics, endpoint: MetricsEndpoint) -> None:

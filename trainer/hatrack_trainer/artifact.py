@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,16 @@ from hatrack_trainer.errors import UsageError
 
 
 def check_output_folder(folder: Path) -> None:
-    """Raises UsageError if an artifact can't go there because something else is; changes nothing."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"output.dir: {folder} exists already; name a new folder")
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise UsageError(f"output.dir: {folder} can't be made in {existing}")
+    """Raises UsageError if no artifact can go there: something is there, or the disk refuses. Leaves no trace."""
+    target = folder.resolve()
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError(f"output.dir: {folder} exists already; name a new folder")
+        existing = next(parent for parent in target.parents if parent.exists())
+        # Only trying tells: permissions say nothing of a disk that is read-only, nor to root.
+        tempfile.TemporaryDirectory(dir=existing, prefix=f".{target.name}").cleanup()
+    except OSError as error:
+        raise UsageError(f"output.dir: {folder} can't be made: {error.strerror}") from None
 
 
 def write_artifact(
@@ -40,6 +44,7 @@ def write_artifact(
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path = base_name
+    folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -40,7 +40,7 @@ def run(config: Annotated[Path, typer.Argument(help="A YAML file; examples/train
                 on_step=lambda step, total, loss: bar.update(
                     task, completed=step, total=total, visible=True, description=f"training, loss {loss:.3f}"
                 ),
-                say=console.print,
+                say=lambda sentence: console.print(sentence, markup=False, highlight=False, soft_wrap=True),
             )
         held_out = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
         typer.echo(f"{result.folder}: {result.steps} steps, loss {result.loss:.4f}{held_out}, digest {result.digest}")

@@ -25,7 +25,7 @@ class Section(BaseModel):
 class BaseSection(Section):
     """The frozen model under the adapter."""
 
-    model: str
+    model: str = Field(min_length=1)
     """A local checkpoint or a hub id; the same one that the server serves."""
     quantization: Literal["nf4", "none"] = "nf4"
     """As the server has it: an adapter learns to correct the quantisation's errors too."""
@@ -39,7 +39,7 @@ class AdapterSection(Section):
     rslora: bool = False
     """Scale by alpha/√rank instead (Kalajdzievski 2023), so that high ranks learn as fast as low ones."""
     dropout: Real = Field(default=0.0, ge=0, lt=1)
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names of linear layers, e.g. [q_proj, v_proj]; all-linear is every one but the output head."""
 
 
@@ -72,8 +72,8 @@ class TrainSection(Section):
     """Paged: states move to host memory when the device is full (QLoRA, Dettmers et al. 2023). Needs CUDA."""
     activation_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
-    seed: int = Field(default=0, ge=0)
-    threads: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """torch's CPU threads; absent: torch's own choice."""
 
 
@@ -124,6 +124,8 @@ def _sentence(error: Any) -> str:
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return f"{key}: missing"
+    if error["type"] == "model_type":
+        return f"{key}: must be a section, with keys of its own"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

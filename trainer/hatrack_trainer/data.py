@@ -45,6 +45,14 @@ def stop_token_ids(checkpoint: Path) -> list[int]:
     raise DataError("the base names no eos_token_id: an adapter could never learn to stop")
 
 
+def check_data_file(path: Path) -> None:
+    """Raises DataError when the file can't be opened."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error}") from None
+
+
 def read_examples(path: Path, codec: TextCodec, stop_ids: Sequence[int], max_length: int) -> ExampleSet:
     """Reads a JSONL file. Every completion ends with a stop id, whose label counts; the prompt's labels don't.
 
@@ -52,7 +60,8 @@ def read_examples(path: Path, codec: TextCodec, stop_ids: Sequence[int], max_len
     `max_length`: nothing of its completion would be learned.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON lines; `splitlines` would cut at U+2028, too
+        # With or without a byte-order mark; and `splitlines` would cut at U+2028, too.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
     examples, truncated = [], 0

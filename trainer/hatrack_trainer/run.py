@@ -18,9 +18,10 @@ from hatrack_server.model.load import load_base
 from hatrack_server.text.codec import TextCodec
 from hatrack_trainer.artifact import check_output_folder, write_artifact
 from hatrack_trainer.config import TrainConfig
-from hatrack_trainer.data import ExampleSet, read_examples, stop_token_ids
+from hatrack_trainer.data import ExampleSet, check_data_file, read_examples, stop_token_ids
 from hatrack_trainer.errors import TrainingStopped, UsageError
 from hatrack_trainer.sft import OnStep, make_trainer
+from hatrack_trainer.targets import check_targets
 
 LIBRARIES = ("hatrack", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -44,8 +45,12 @@ def train(
     `say` gets sentences that the user should see. Sets torch's thread count for the whole process if the
     configuration names one. Raises UsageError, TrainingStopped, or the server's StartupError for the base.
     """
+    # The cheapest checks come first: a mistake should not cost a download, nor the loading of the base.
     check_output_folder(config.output.dir)
+    for file in filter(None, (config.data.train, config.data.eval)):
+        check_data_file(file)
     checkpoint = resolve_checkpoint(config.base.model)
+    check_targets(config.adapter.target_modules, checkpoint)
     train_set = _read(config.data.train, config, checkpoint, say)
     eval_set = _read(config.data.eval, config, checkpoint, say) if config.data.eval else None
     if config.train.threads is not None:
@@ -60,7 +65,7 @@ def train(
             config, base, tokenizer, train_set.examples, eval_set.examples if eval_set else None, on_step
         )
     except ValueError as error:
-        raise UsageError(f"adapter: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"the trainer can't be set up: {str(error).splitlines()[0]}") from None
     result = _fit(trainer)
     digest = write_artifact(
         trainer.model,

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from threadpoolctl import threadpool_limits
+
 from hatrack_server.adapters.pieces import Pieces
 from hatrack_server.adapters.pools import Places, Pools
 from hatrack_server.errors import GenerationFailed, HatrackError
@@ -129,6 +131,12 @@ class ProgramSlots:
         self._thread.join()
 
     def _run(self) -> None:
+        # A team of threads of its own would take the cores from the step's: with more threads than cores, OpenMP puts
+        # them to sleep between any two operations, and a step takes twice its time, also when nothing is loaded.
+        with threadpool_limits(1, user_api="openmp"):
+            self._load_wanted()
+
+    def _load_wanted(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._wanted or self._closed)

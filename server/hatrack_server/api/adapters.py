@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
@@ -15,15 +16,16 @@ from hatrack.v1 import adapters_pb2 as pb
 from hatrack.v1 import adapters_pb2_grpc as pb_grpc
 from hatrack_server.api.auth import tenant
 from hatrack_server.api.responses import adapter_message
-from hatrack_server.api.threads import entered, in_thread
+from hatrack_server.api.threads import entered, in_pool, in_thread
 from hatrack_server.catalog import Catalog, DeclaredFile, Upload, gate
 from hatrack_server.engine.client import EngineClient
 from hatrack_server.errors import GenerationFailed, InvalidArtifact, InvalidRequest, NotFound
 from hatrack_server.metrics import Metrics
 from hatrack_server.text.codec import TextCodec
-from hatrack_server.types import Artifact, Sampling
+from hatrack_server.types import Artifact, BaseInfo, Sampling
 
 MAX_CHUNK_BYTES = 2**20
+UPLOAD_THREADS = 4
 CANARY_TEXT = "The quick brown fox jumps over the lazy dog."
 CANARY_SAMPLING = Sampling(temperature=0.0, max_tokens=1)
 
@@ -43,6 +45,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         self._codec = codec
         self._metrics = metrics
         self._max_rank = max_rank
+        self._uploading = ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="uploading")
 
     async def UploadAdapter(  # noqa: N802
         self,
@@ -50,26 +53,27 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         context: Context,  # noqa: ARG002
     ) -> pb.Adapter:
         """Answers once the version is durable, checked and has generated a token; else nothing of it is left."""
+        base = self._engine.base  # while there is none, no byte is taken
         parts = aiter(requests)
         header = _header(await anext(parts, None))
         files = [DeclaredFile(file.name, file.size, file.sha256) for file in header.files]
         async with entered(self._catalog.begin_upload, tenant(), header.name, files, stage=header.stage) as upload:
             async for part in parts:
-                await in_thread(upload.write, _chunk(part))
-            message = await self._admit(upload)
+                await in_pool(self._uploading, upload.write, _chunk(part))
+            message = await self._admit(upload, base)
         log.info("upload", tenant=tenant(), adapter=message.name, version=message.version)
         return message
 
-    async def _admit(self, upload: Upload) -> pb.Adapter:
-        base = self._engine.base
-        artifact = await in_thread(upload.finish)
-        checked = await in_thread(gate.check, artifact, base, max_rank=self._max_rank)
-        await self._try_out(artifact)
-        return adapter_message(await in_thread(self._catalog.commit, upload, checked, base.identity))
+    async def _admit(self, upload: Upload, base: BaseInfo) -> pb.Adapter:
+        artifact = await in_pool(self._uploading, upload.finish)
+        checked = await in_pool(self._uploading, gate.check, artifact, base, max_rank=self._max_rank)
+        await self._try_out(artifact, base)
+        record = await in_pool(self._uploading, self._catalog.commit, upload, checked, base.identity)
+        return adapter_message(record, base.identity)
 
-    async def _try_out(self, artifact: Artifact) -> None:
+    async def _try_out(self, artifact: Artifact, base: BaseInfo) -> None:
         """One token, generated like any other request's; raises InvalidArtifact when the adapter can't."""
-        prompt = self._codec.encode(CANARY_TEXT)[: self._engine.base.max_model_len - CANARY_SAMPLING.max_tokens]
+        prompt = self._codec.encode(CANARY_TEXT)[: base.max_model_len - CANARY_SAMPLING.max_tokens]
         deltas = self._engine.generate(
             tenant=tenant(),
             salt=await in_thread(self._catalog.salt, tenant()),
@@ -88,7 +92,8 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:  # noqa: N802, ARG002
         """One adapter with all of its versions."""
-        return adapter_message(await in_thread(self._catalog.get, tenant(), request.name))
+        served = self._engine.base.identity
+        return adapter_message(await in_thread(self._catalog.get, tenant(), request.name), served)
 
     async def ListAdapters(  # noqa: N802
         self,
@@ -96,10 +101,13 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         context: Context,  # noqa: ARG002
     ) -> pb.ListAdaptersResponse:
         """One page, ordered by name."""
+        served = self._engine.base.identity
         records, token = await in_thread(
             self._catalog.list, tenant(), page_size=request.page_size, page_token=request.page_token
         )
-        return pb.ListAdaptersResponse(adapters=map(adapter_message, records), next_page_token=token)
+        return pb.ListAdaptersResponse(
+            adapters=[adapter_message(record, served) for record in records], next_page_token=token
+        )
 
     async def UpdateAdapter(  # noqa: N802
         self,
@@ -107,6 +115,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         context: Context,  # noqa: ARG002
     ) -> pb.Adapter:
         """Makes another version the live one."""
+        served = self._engine.base.identity
         if list(request.update_mask.paths) != ["live_version"]:
             raise InvalidRequest("update_mask", "update_mask must be live_version: nothing else can be updated yet")
         adapter = request.adapter
@@ -114,7 +123,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
             self._catalog.set_live, tenant(), adapter.name, adapter.live_version, etag=adapter.etag
         )
         log.info("promote", tenant=tenant(), adapter=record.name, version=record.live_version)
-        return adapter_message(record)
+        return adapter_message(record, served)
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> Empty:  # noqa: N802, ARG002
         """One version, or the name with all of them; requests in flight finish on theirs."""

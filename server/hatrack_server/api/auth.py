@@ -29,7 +29,7 @@ def tenant() -> str:
 
 
 class KeyGuard:
-    """Refuses a call without a valid key; with `open_without_keys`, everyone is `default` while there is no key."""
+    """Refuses a call without a valid key; with `open_without_keys`, all are `default` until a key is made."""
 
     def __init__(self, keys: KeyStore, *, open_without_keys: bool) -> None:
         self._keys = keys

@@ -71,7 +71,8 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         check_supported(request)
         sampling, stops = read_sampling(request.sampling, base), read_stops(request.sampling)
         async with self._lease(request.adapter, base) as lease:
-            prompt = await in_pool(self._tokenising, read_prompt, request, self._codec, base)
+            count_tokens = None if lease is None else self._metrics.token_count(tenant(), lease.name)
+            prompt = await self._prompt(request, base)
             sampling = fit(sampling, request, len(prompt), base)
             if deadline is not None and time.monotonic() >= deadline:
                 raise DeadlinePassed("the deadline passed before the request was started")
@@ -80,8 +81,15 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
             try:
                 await self._generate(lease, prompt, sampling, deadline, transcript, stopwatch, emit)
             finally:
+                if count_tokens is not None:
+                    count_tokens(transcript.token_count)
                 self._account(request, lease, len(prompt), transcript, stopwatch)
             return _end(lease, len(prompt), transcript, stopwatch)
+
+    async def _prompt(self, request: pb.GenerateRequest, base: BaseInfo) -> tuple[int, ...]:
+        if request.HasField("token_ids"):  # nothing to tokenise: it need not wait for those that have
+            return await in_thread(read_prompt, request, self._codec, base)
+        return await in_pool(self._tokenising, read_prompt, request, self._codec, base)
 
     async def _generate(
         self,
@@ -125,8 +133,6 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         transcript: Transcript,
         stopwatch: Stopwatch,
     ) -> None:
-        if lease is not None:
-            self._metrics.completed(tenant(), lease.name, transcript.token_count)
         log.info(
             "generate",
             request_id=request.request_id,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
+from hatrack.manifest import BaseIdentity
 from hatrack.v1 import adapters_pb2, inference_pb2
 from hatrack_server.api.transcript import Piece
-from hatrack_server.catalog import AdapterRecord, VersionRecord
+from hatrack_server.catalog import AdapterRecord, VersionRecord, gate
 from hatrack_server.types import FinishReason, TokenLogprobs
 
 FINISH_REASONS = {
@@ -49,18 +50,19 @@ def timing_message(*, queue: float, first_token: float, total: float) -> inferen
     )
 
 
-def adapter_message(record: AdapterRecord) -> adapters_pb2.Adapter:
-    """An adapter with its versions, newest first."""
+def adapter_message(record: AdapterRecord, served: BaseIdentity) -> adapters_pb2.Adapter:
+    """An adapter with its versions, newest first, as seen from the base that is served."""
     return adapters_pb2.Adapter(
         name=record.name,
         live_version=record.live_version,
-        versions=[_version(version) for version in record.versions],
+        versions=[_version(version, served) for version in record.versions],
         etag=record.etag,
         version=record.version,
     )
 
 
-def _version(record: VersionRecord) -> adapters_pb2.AdapterVersion:
+def _version(record: VersionRecord, served: BaseIdentity) -> adapters_pb2.AdapterVersion:
+    warnings = gate.warnings(record.trained_on, served)
     return adapters_pb2.AdapterVersion(
         version=record.version,
         digest=record.digest,
@@ -69,8 +71,8 @@ def _version(record: VersionRecord) -> adapters_pb2.AdapterVersion:
         rank=record.rank,
         parameters=record.parameters,
         size_bytes=record.size_bytes,
-        verified=record.verified,
-        warnings=record.warnings,
+        verified=not warnings,
+        warnings=warnings,
         create_time=record.create_time,
     )
 

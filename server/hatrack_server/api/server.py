@@ -75,10 +75,14 @@ class ApiServer:
     async def start(self) -> int:
         """Listens, and returns the port; raises StartupError when it can't."""
         port = self._bind()
-        await self._health.refresh()
+        await self.refresh_health()
         await self._server.start()
         self._follow = asyncio.create_task(self._health.follow())
         return port
+
+    async def refresh_health(self) -> None:
+        """Lets health checks see at once whether the engine is ready; without it, they do a little later."""
+        await self._health.refresh()
 
     async def stop(self, drain_seconds: float) -> int:
         """Says NOT_SERVING, refuses new calls, waits for those in flight, closes; returns how many were cut off."""
@@ -102,4 +106,7 @@ class ApiServer:
                 return self._server.add_insecure_port(address)
             return self._server.add_secure_port(address, credentials(config.tls_cert, config.tls_key))
         except RuntimeError:
-            raise StartupError(f"can't listen on {address}: it is in use, or no address of this machine") from None
+            why = "it is in use, or no address of this machine"
+            if config.tls_cert is not None:
+                why += f", or {config.tls_cert} and {config.tls_key} are no certificate with its key"
+            raise StartupError(f"can't listen on {address}: {why}") from None

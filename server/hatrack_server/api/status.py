@@ -21,11 +21,13 @@ from grpc_status import rpc_status
 from hatrack_server import errors
 
 DOMAIN = "hatrack"
+DEADLINE_SLACK_SECONDS = 0.05  # a client's timer, which cancels the call, may be so far ahead of ours
 MAX_TEXT = 500  # characters of a message or field: a status travels in headers, which are bounded
 CODES: dict[type[errors.HatrackError], StatusCode] = {
     errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
     errors.NotFound: StatusCode.NOT_FOUND,
     errors.Conflict: StatusCode.ABORTED,
+    errors.FailedPrecondition: StatusCode.FAILED_PRECONDITION,
     errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
     errors.Overloaded: StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlinePassed: StatusCode.DEADLINE_EXCEEDED,
@@ -40,7 +42,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class StatusGuard:
-    """Ends a failed call with a status; `count` is told the reason of each.
+    """Ends a failed call with a status; `count` is told the reason of each, and of each that gRPC cancelled.
 
     Nothing but a HatrackError's own sentence reaches a client; any other error is logged under an id that it gets.
     """
@@ -57,6 +59,7 @@ class StatusGuard:
             await self._abort(context, to_status(error), error.reason)
         except asyncio.CancelledError:
             if _cancelled_from_outside():
+                self._count(_why_cancelled(context))
                 raise
             # gRPC takes any CancelledError for the client's: left alone it would send no status, and a client waits.
             aborted = _status(StatusCode.ABORTED, "the call was cancelled inside the server", "ABORTED")
@@ -110,6 +113,13 @@ def _sendable(text: str) -> str:
     """Text that may quote whatever a tenant sent: valid UTF-8, and not too long for a header."""
     clean = text.encode(errors="replace").decode()
     return clean if len(clean) <= MAX_TEXT else f"{clean[: MAX_TEXT - 1]}…"
+
+
+def _why_cancelled(context: Context) -> str:
+    """gRPC cancels a call's task alike for a deadline, for a client that gave up, and for a server that is stopped."""
+    remaining = context.time_remaining()
+    passed = remaining is not None and remaining <= DEADLINE_SLACK_SECONDS
+    return errors.DeadlinePassed.reason if passed else "CANCELLED"
 
 
 def _cancelled_from_outside() -> bool:

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
-from functools import partial
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# For what every call needs, e.g. its tenant: what takes longer has a pool of its own, so that nobody queues behind it.
+_SHORT_CALLS = ThreadPoolExecutor(32, thread_name_prefix="short-calls")
+
 
 async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs `function` in a thread; raises what it raises.
-
-    A cancel is raised only once the thread is through: a caller that cleans up files must not race with one that
-    still writes them.
-    """
-    work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.gather(work, return_exceptions=True)
-        raise
+    """Runs a short `function` in a thread, as `in_pool` does."""
+    return await in_pool(_SHORT_CALLS, function, *args, **kwargs)
 
 
 async def in_pool(pool: Executor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs `function` in a thread of `pool`; for what may take long, so that short calls need not queue behind it."""
-    return await asyncio.get_running_loop().run_in_executor(pool, partial(function, *args, **kwargs))
+    """Runs `function` in a thread of `pool`; raises what it raises.
+
+    A cancel drops what has not begun, and else is raised only once the thread is through: a caller that cleans up
+    files must not race with one that still writes them.
+    """
+    work = pool.submit(function, *args, **kwargs)
+    result = asyncio.wrap_future(work)
+    try:
+        return await asyncio.shield(result)
+    except asyncio.CancelledError:
+        if not work.cancel():
+            await asyncio.gather(result, return_exceptions=True)
+        raise
 
 
 @asynccontextmanager

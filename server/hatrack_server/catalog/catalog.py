@@ -27,10 +27,15 @@ from hatrack_server.catalog.records import AdapterRecord
 from hatrack_server.catalog.store import Store
 from hatrack_server.catalog.upload import DeclaredFile, Upload, check_declared
 from hatrack_server.database import Database
-from hatrack_server.errors import Conflict, StartupError
+from hatrack_server.errors import Conflict, FailedPrecondition, StartupError
 from hatrack_server.types import Artifact
 
-SCHEMA_VERSION = 1
+# What a manifest said is kept, so that it can be held against whatever base is served later.
+SECOND_SCHEMA = """
+ALTER TABLE versions DROP COLUMN verified;
+ALTER TABLE versions DROP COLUMN warnings;
+ALTER TABLE versions ADD COLUMN trained_on TEXT
+"""
 
 
 class Catalog:
@@ -52,8 +57,8 @@ class Catalog:
         self._references = References()
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, _lock_directory(data_dir))
-            schema = resources.files(__package__).joinpath("schema.sql").read_text()
-            self._database = Database(data_dir / "catalog.sqlite3", schema, version=SCHEMA_VERSION)
+            first = resources.files(__package__).joinpath("schema.sql").read_text()
+            self._database = Database(data_dir / "catalog.sqlite3", (first, SECOND_SCHEMA))
             undo.callback(self._database.close)
             try:
                 self._store = Store(data_dir)
@@ -71,6 +76,10 @@ class Catalog:
 
     def salt(self, tenant: str) -> bytes:
         """The tenant's 16 random bytes, made at its first call and kept: they part its caches from others'."""
+        with self._database.reading() as sql:
+            salt = rows.find_salt(sql, tenant)
+        if salt is not None:  # as for every request but the first: it need not wait for the disk
+            return salt
         with self._database.transaction() as sql:
             return rows.find_salt(sql, tenant) or rows.insert_salt(sql, tenant)
 
@@ -138,7 +147,8 @@ class Catalog:
         """Deletes one version, or a name with all of its versions, for every request that comes after.
 
         Requests in flight keep what they lease; files go with their last lease, or at once. Returns the digests that
-        no version names any more. Raises NotFound, and Conflict for the live version while the name has others.
+        no version names any more. Raises NotFound, and FailedPrecondition for the live version while the name has
+        others. A version's number never comes again, even after its name's deletion.
         """
         wanted = parse_reference(reference)
         with self._database.lock:
@@ -149,7 +159,9 @@ class Catalog:
                     digests = set(ready.values())
                     rows.delete_adapter(sql, adapter.id)
                 elif version == adapter.live_version:
-                    raise Conflict(f"{reference} is the live version: make another one live, or delete {wanted.name}")
+                    raise FailedPrecondition(
+                        f"{reference} is the live version: make another one live, or delete {wanted.name}"
+                    )
                 else:
                     digests = {digest}
                     self._delete_version(sql, adapter, version)
@@ -161,12 +173,12 @@ class Catalog:
     def lease(self, tenant: str, reference: str, base: BaseIdentity) -> Lease:
         """Resolves `reference` and holds the version it gives until the lease is released.
 
-        Raises NotFound, and Conflict when that version was checked against another base than `base`.
+        Raises NotFound, and FailedPrecondition when that version was checked against another base than `base`.
         """
         with self._database.reading() as sql:
             adapter, version, digest = _resolve(sql, tenant, reference)
             if rows.checked_against(sql, adapter.id, version) != (base.weights, base.quantization):
-                raise Conflict(f"{adapter.name}@{version} was checked against another base: upload it again")
+                raise FailedPrecondition(f"{adapter.name}@{version} was checked against another base: upload it again")
             held = Held(adapter.id, version, digest)
             self._references.take(held)
         artifact = Artifact(digest, self._store.path(digest))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from hatrack_server.catalog.upload import MAX_JSON_BYTES
 from hatrack_server.errors import InvalidArtifact
 from hatrack_server.types import Artifact, BaseInfo, ProgramSpec
 
+MAX_DIGEST_CHARACTERS = 80
+
 _NO_MANIFEST = "no manifest.json: the base that it was trained on is unknown"
 _OTHER = {
+    "weights": "it was trained on another base than this server's",
     "quantization": "it was trained on another quantization of the base ({theirs}; this server has {ours})",
     "tokenizer": "it was trained with another tokenizer than this server's",
     "chat_template": "it was trained with another chat template than this server's",
@@ -28,8 +31,7 @@ class Checked:
     """What the gate found in an artifact that it lets pass."""
 
     spec: ProgramSpec
-    verified: bool  # a manifest is there, and all four digests of its base are the served base's
-    warnings: tuple[str, ...]
+    trained_on: BaseIdentity | None  # as its manifest says; None without one
 
 
 def check(artifact: Artifact, base: BaseInfo, *, max_rank: int) -> Checked:
@@ -46,22 +48,32 @@ def check(artifact: Artifact, base: BaseInfo, *, max_rank: int) -> Checked:
     if tensor is not None:
         raise InvalidArtifact(f"{WEIGHTS_FILE}: {tensor}", "holds NaN or infinity")
     if not (artifact.path / MANIFEST_FILE).is_file():
-        return Checked(spec, verified=False, warnings=(_NO_MANIFEST,))
-    warnings = _check_manifest(_read_manifest(artifact.path), artifact, spec, base.identity)
-    return Checked(spec, verified=not warnings, warnings=warnings)
+        return Checked(spec, None)
+    manifest = _read_manifest(artifact.path)
+    _check_manifest(manifest, artifact, spec, base.identity)
+    return Checked(spec, manifest.base)
 
 
-def _check_manifest(manifest: Manifest, artifact: Artifact, spec: ProgramSpec, ours: BaseIdentity) -> tuple[str, ...]:
+def warnings(trained_on: BaseIdentity | None, served: BaseIdentity) -> tuple[str, ...]:
+    """What speaks against serving an adapter on this base; nothing when a manifest names the very same."""
+    if trained_on is None:
+        return (_NO_MANIFEST,)
+    differing = [key for key in _OTHER if getattr(trained_on, key) != getattr(served, key)]
+    return tuple(_OTHER[key].format(theirs=getattr(trained_on, key), ours=getattr(served, key)) for key in differing)
+
+
+def _check_manifest(manifest: Manifest, artifact: Artifact, spec: ProgramSpec, ours: BaseIdentity) -> None:
     if manifest.artifact != artifact.digest:
         raise InvalidArtifact(f"{MANIFEST_FILE}: artifact", "it was written for other files than these")
     if manifest.method != spec.method:
         raise InvalidArtifact(f"{MANIFEST_FILE}: method", f"the configuration says {spec.method}")
+    for key, value in asdict(manifest.base).items():
+        if len(value) > MAX_DIGEST_CHARACTERS or not value.isascii():  # it is kept, and shown
+            raise InvalidArtifact(
+                f"{MANIFEST_FILE}: base.{key}", f"must have at most {MAX_DIGEST_CHARACTERS} ASCII characters"
+            )
     if manifest.base.weights != ours.weights:
-        raise InvalidArtifact(f"{MANIFEST_FILE}: base.weights", "it was trained on another base than this server's")
-    differing = [key for key in _OTHER if getattr(manifest.base, key) != getattr(ours, key)]
-    return tuple(
-        _OTHER[key].format(theirs=getattr(manifest.base, key)[:80], ours=getattr(ours, key)) for key in differing
-    )
+        raise InvalidArtifact(f"{MANIFEST_FILE}: base.weights", _OTHER["weights"])
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:

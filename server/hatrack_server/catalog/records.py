@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass
 from datetime import datetime
 
+from hatrack.manifest import BaseIdentity
+
 
 class AdapterState(enum.Enum):
     """Where a version is in its life. Uploads are checked before they get a version, so none is seen unready."""
@@ -25,9 +27,8 @@ class VersionRecord:
     rank: int
     parameters: int
     size_bytes: int
-    verified: bool  # a manifest names the very base it was checked against
-    warnings: tuple[str, ...]
     create_time: datetime  # UTC
+    trained_on: BaseIdentity | None  # as its manifest says; None without one
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import sqlite3
@@ -50,27 +51,28 @@ _ADAPTER_COLUMNS = "id, name, live_version, last_version, revision"
 
 
 def find_adapter(sql: sqlite3.Connection, tenant: str, name: str) -> AdapterRow | None:
-    """The tenant's adapter of this name."""
-    row = sql.execute(f"SELECT {_ADAPTER_COLUMNS} FROM adapters WHERE tenant = ? AND name = ?", (tenant, name))  # noqa: S608
-    found = row.fetchone()
+    """The tenant's adapter of this name, unless it is deleted."""
+    query = f"SELECT {_ADAPTER_COLUMNS} FROM adapters WHERE tenant = ? AND name = ? AND live_version > 0"  # noqa: S608
+    found = sql.execute(query, (tenant, name)).fetchone()
     return AdapterRow(*found) if found else None
 
 
 def adapters_after(sql: sqlite3.Connection, tenant: str, name: str, limit: int) -> list[AdapterRow]:
     """The tenant's adapters whose names follow `name`, in order."""
-    query = f"SELECT {_ADAPTER_COLUMNS} FROM adapters WHERE tenant = ? AND name > ? ORDER BY name LIMIT ?"  # noqa: S608
+    query = (
+        f"SELECT {_ADAPTER_COLUMNS} FROM adapters"  # noqa: S608
+        " WHERE tenant = ? AND name > ? AND live_version > 0 ORDER BY name LIMIT ?"
+    )
     return [AdapterRow(*row) for row in sql.execute(query, (tenant, name, limit))]
 
 
 def insert_adapter(sql: sqlite3.Connection, tenant: str, name: str) -> AdapterRow:
-    """A new adapter without versions; the caller gives it one in the same transaction."""
-    sql.execute(
-        "INSERT INTO adapters (tenant, name, live_version, last_version, revision) VALUES (?, ?, 0, 0, 0)",
-        (tenant, name),
+    """An adapter without versions, new or back from its deletion; the caller gives it one in the same transaction."""
+    query = (
+        "INSERT INTO adapters (tenant, name, live_version, last_version, revision) VALUES (?, ?, 0, 0, 0)"  # noqa: S608
+        f" ON CONFLICT (tenant, name) DO UPDATE SET live_version = 0 RETURNING {_ADAPTER_COLUMNS}"
     )
-    found = find_adapter(sql, tenant, name)
-    assert found is not None
-    return found
+    return AdapterRow(*sql.execute(query, (tenant, name)).fetchone())
 
 
 def update_adapter(sql: sqlite3.Connection, adapter: AdapterRow, *, live_version: int, last_version: int) -> None:
@@ -82,8 +84,9 @@ def update_adapter(sql: sqlite3.Connection, adapter: AdapterRow, *, live_version
 
 
 def delete_adapter(sql: sqlite3.Connection, adapter_id: int) -> None:
-    """Removes an adapter with all of its versions."""
-    sql.execute("DELETE FROM adapters WHERE id = ?", (adapter_id,))
+    """Removes all versions of an adapter; of itself only its last version's number is kept."""
+    sql.execute("DELETE FROM versions WHERE adapter_id = ?", (adapter_id,))
+    sql.execute("UPDATE adapters SET live_version = 0 WHERE id = ?", (adapter_id,))
 
 
 def put_version(
@@ -98,11 +101,12 @@ def put_version(
     """Adds a ready version, or renews what the gate found in the one that is there."""
     spec = checked.spec
     sql.execute(
-        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        " ON CONFLICT (adapter_id, version) DO UPDATE SET verified = excluded.verified, warnings = excluded.warnings,"
+        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (adapter_id, version) DO UPDATE SET trained_on = excluded.trained_on,"
         " base_weights = excluded.base_weights, base_quantization = excluded.base_quantization",
-        (adapter_id, version, digest, READY, spec.method, spec.rank, spec.parameters, size_bytes, checked.verified,
-         json.dumps(checked.warnings), base.weights, base.quantization, datetime.now(UTC).isoformat()),
+        (adapter_id, version, digest, READY, spec.method, spec.rank, spec.parameters, size_bytes, base.weights,
+         base.quantization, datetime.now(UTC).isoformat(),
+         checked.trained_on and json.dumps(dataclasses.asdict(checked.trained_on))),
     )  # fmt: skip
 
 
@@ -150,16 +154,16 @@ def all_digests(sql: sqlite3.Connection) -> frozenset[str]:
 def record(sql: sqlite3.Connection, adapter: AdapterRow, *, version: int = 0) -> AdapterRecord:
     """What the API shows of an adapter."""
     rows = sql.execute(
-        "SELECT version, digest, state, method, rank, parameters, size_bytes, verified, warnings, create_time"
+        "SELECT version, digest, state, method, rank, parameters, size_bytes, create_time, trained_on"
         " FROM versions WHERE adapter_id = ? ORDER BY version DESC",
         (adapter.id,),
     )
     return AdapterRecord(adapter.name, adapter.live_version, tuple(_versions(rows)), adapter.etag, version)
 
 
-def _versions(rows: Iterable[tuple[int, str, str, str, int, int, int, int, str, str]]) -> Iterable[VersionRecord]:
-    for version, digest, state, method, rank, parameters, size, verified, warnings, created in rows:
+def _versions(rows: Iterable[tuple[int, str, str, str, int, int, int, str, str | None]]) -> Iterable[VersionRecord]:
+    for version, digest, state, method, rank, parameters, size, created, trained_on in rows:
         yield VersionRecord(
-            version, digest, AdapterState(state), method, rank, parameters, size, bool(verified),
-            tuple(json.loads(warnings)), datetime.fromisoformat(created),
+            version, digest, AdapterState(state), method, rank, parameters, size, datetime.fromisoformat(created),
+            BaseIdentity(**json.loads(trained_on)) if trained_on else None,
         )  # fmt: skip

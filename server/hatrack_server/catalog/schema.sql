@@ -3,9 +3,9 @@ CREATE TABLE tenants (
     salt BLOB NOT NULL
 ) STRICT;
 
--- AUTOINCREMENT: requests in flight may still hold versions of a deleted id, so an id is never used again.
+-- A deleted adapter's row stays, with live_version 0: name@1 must never mean other content than it did.
 CREATE TABLE adapters (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    id INTEGER PRIMARY KEY,
     tenant TEXT NOT NULL,
     name TEXT NOT NULL,
     live_version INTEGER NOT NULL,

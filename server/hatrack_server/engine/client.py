@@ -67,11 +67,11 @@ class EngineClient:
         self._base: BaseInfo | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._last_word = 0.0
-        self._served = False  # whether the latest worker got as far as loading the base
+        self._loaded = False  # whether the latest worker got as far as loading the base
 
     @property
     def base(self) -> BaseInfo:
-        """The loaded base; raises Unavailable while there is none."""
+        """The base that is served, also while the worker starts anew; raises Unavailable until it was first loaded."""
         if self._base is None:
             raise Unavailable("the engine is starting")
         return self._base
@@ -84,7 +84,7 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         """Whether the worker lives with its base loaded, and makes progress while there is work."""
-        return self._base is not None and self._worker is not None and self._silence < STALL_SECONDS
+        return self._loaded and self._worker is not None and self._silence < STALL_SECONDS
 
     @property
     def worker_pid(self) -> int | None:
@@ -159,7 +159,7 @@ class EngineClient:
             del self._programs[next(iter(self._programs))]
 
     def _ready_worker(self) -> _WorkerProcess:
-        if self._worker is None or self._base is None:
+        if self._worker is None or not self._loaded:
             raise Unavailable("the engine is starting")
         if len(self._streams) >= self._config.max_waiting + self._config.max_rows:
             raise Overloaded("the queue is full", retry_after=1.0)
@@ -169,7 +169,7 @@ class EngineClient:
         """Keeps one worker running; the first one's fate goes to `first`."""
         failures = 0  # in a row
         while True:
-            self._served = False
+            self._loaded = False
             error: HatrackError
             try:
                 refusal = await self._run_one(first)
@@ -183,7 +183,7 @@ class EngineClient:
                 return
             logger.error("%s; starting it again", error.message)
             self._on_restart()
-            failures = 0 if self._served else failures + 1
+            failures = 0 if self._loaded else failures + 1
             await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
 
     async def _run_one(self, first: asyncio.Future[BaseInfo]) -> str | None:
@@ -198,7 +198,7 @@ class EngineClient:
                         self._on_progress(stage, fraction)
                     case Ready(base):
                         self._base = base
-                        self._served = True
+                        self._loaded = True
                         for artifact in self._programs.values():
                             worker.send(Preload(artifact))
                         if not first.done():
@@ -210,7 +210,7 @@ class EngineClient:
                         self._on_stats(stats)
             return None
         finally:
-            self._worker = self._base = None
+            self._worker = None
             for stream in self._streams.values():
                 stream.break_off()
             await asyncio.to_thread(worker.stop)

@@ -17,15 +17,18 @@ from pathlib import Path
 from hatrack_server.database import Database
 from hatrack_server.errors import InvalidRequest, NotFound, StartupError, Unauthenticated
 
-SCHEMA_VERSION = 1
-SCHEMA = """
+SCHEMAS = (
+    """
 CREATE TABLE keys (
     id TEXT PRIMARY KEY,
     tenant TEXT NOT NULL,
     secret_sha256 BLOB NOT NULL,
     create_time TEXT NOT NULL
 ) STRICT
-"""
+""",
+    # A revoked key's row stays: a server whose last key is revoked must not be open to everybody again.
+    "ALTER TABLE keys ADD COLUMN revoke_time TEXT",
+)
 
 _TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _KEY = re.compile(r"hk_([0-9a-f]{12})_([0-9a-f]{64})", re.ASCII)
@@ -49,7 +52,7 @@ class KeyStore:
             data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StartupError(f"data directory {data_dir} can't be used: {error.strerror}") from None
-        self._database = Database(data_dir / "keys.sqlite3", SCHEMA, version=SCHEMA_VERSION)
+        self._database = Database(data_dir / "keys.sqlite3", SCHEMAS)
 
     def close(self) -> None:
         """Closes the file; nothing may be called after."""
@@ -62,20 +65,22 @@ class KeyStore:
             raise InvalidRequest("tenant", message)
         key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
         with self._database.transaction() as sql:
-            row = (key_id, tenant, _hash(secret), datetime.now(UTC).isoformat())
-            sql.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", row)
+            row = (key_id, tenant, _hash(secret), _now())
+            sql.execute("INSERT INTO keys (id, tenant, secret_sha256, create_time) VALUES (?, ?, ?, ?)", row)
         return f"hk_{key_id}_{secret}"
 
     def list_keys(self) -> list[KeyRecord]:
-        """Every key, ordered by tenant and age."""
+        """Every key that is valid, ordered by tenant and age."""
+        query = "SELECT id, tenant, create_time FROM keys WHERE revoke_time IS NULL ORDER BY tenant, create_time, id"
         with self._database.reading() as sql:
-            found = sql.execute("SELECT id, tenant, create_time FROM keys ORDER BY tenant, create_time, id").fetchall()
+            found = sql.execute(query).fetchall()
         return [KeyRecord(key_id, tenant, datetime.fromisoformat(created)) for key_id, tenant, created in found]
 
     def revoke_key(self, key_id: str) -> None:
         """Ends a key at once, in running servers too; raises NotFound when there is none of that id."""
         with self._database.transaction() as sql:
-            if sql.execute("DELETE FROM keys WHERE id = ?", (key_id,)).rowcount == 0:
+            query = "UPDATE keys SET revoke_time = ? WHERE id = ? AND revoke_time IS NULL"
+            if sql.execute(query, (_now(), key_id)).rowcount == 0:
                 raise NotFound(f"key {key_id!r} was not found")
 
     def authenticate(self, key: str) -> str:
@@ -84,8 +89,9 @@ class KeyStore:
         if parsed is None:
             raise Unauthenticated("the API key is not valid")
         key_id, secret = parsed.groups()
+        query = "SELECT tenant, secret_sha256 FROM keys WHERE id = ? AND revoke_time IS NULL"
         with self._database.reading() as sql:
-            row = sql.execute("SELECT tenant, secret_sha256 FROM keys WHERE id = ?", (key_id,)).fetchone()
+            row = sql.execute(query, (key_id,)).fetchone()
         tenant, stored = row or ("", b"")
         # Compared even when there is no such key, and in constant time: nothing is learnt from how long it takes.
         if not hmac.compare_digest(_hash(secret), stored):
@@ -93,9 +99,13 @@ class KeyStore:
         return str(tenant)
 
     def any_keys(self) -> bool:
-        """Whether there is a key at all."""
+        """Whether a key was ever made, even if it is revoked by now."""
         with self._database.reading() as sql:
             return sql.execute("SELECT 1 FROM keys LIMIT 1").fetchone() is not None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
 
 
 def _hash(secret: str) -> bytes:

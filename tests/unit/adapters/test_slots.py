@@ -29,6 +29,7 @@ class Rack:
 
     def __init__(self, capacity: int) -> None:
         self.compiled: list[str] = []
+        self.threads = 0  # that the loading thread may use
         self.gate = threading.Event()
         self.gate.set()
         self.ended: queue.SimpleQueue[Load] = queue.SimpleQueue()
@@ -79,6 +80,7 @@ class Rack:
     def _compile(self, wanted: Artifact) -> Pieces:
         assert self.gate.wait(PATIENCE_SECONDS)
         self.compiled.append(wanted.digest)
+        self.threads = torch.get_num_threads()
         kind, _, _ = wanted.digest.partition("-")
         match kind:
             case "refused":
@@ -121,6 +123,14 @@ def test_a_program_is_resident_when_its_load_has_ended(rack: Callable[[int], Rac
     assert r.slots.acquire("x")
     assert r.content("x") == {1.0}
     assert (len(r.slots), r.slots.bytes) == (1, r.pools.bytes)
+
+
+def test_loading_leaves_the_cores_to_the_step_loop(rack: Callable[[int], Rack]) -> None:
+    r = rack(4)
+    before = torch.get_num_threads()
+    r.load("x")
+    assert r.threads == 1
+    assert torch.get_num_threads() == before
 
 
 def test_many_requests_of_one_digest_load_once(rack: Callable[[int], Rack]) -> None:

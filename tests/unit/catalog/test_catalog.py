@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from loras import BASE, CHECKED, digest_of, lora_files, stored_digests, upload
 
 from hatrack.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from hatrack_server.catalog import AdapterRecord, AdapterState, Catalog
-from hatrack_server.errors import Conflict, InvalidRequest, NotFound, StartupError
+from hatrack_server.errors import Conflict, FailedPrecondition, InvalidRequest, NotFound, StartupError
 
 IDENTITY = BASE.identity
 TENANT = "default"
@@ -48,7 +50,7 @@ def test_an_upload_of_a_known_name_makes_its_next_version_and_lives(catalog: Cat
     newest = second.versions[0]
     assert (newest.digest, newest.state, newest.method, newest.rank) == (digest_of(TWO), AdapterState.READY, "LORA", 2)
     assert newest.size_bytes == sum(map(len, TWO.values()))
-    assert newest.verified
+    assert newest.trained_on == IDENTITY
 
 
 def test_the_catalog_survives_a_restart(tmp_path: Path) -> None:
@@ -136,6 +138,22 @@ def test_the_store_keeps_no_tenants_manifest(catalog: Catalog) -> None:
         assert not (lease.artifact.path / MANIFEST_FILE).exists()
 
 
+def test_a_file_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
+    catalog = open_catalog(tmp_path)
+    pushed = push(catalog, "tone", ONE)
+    catalog.close()
+    with closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as sql, sql:
+        sql.execute("ALTER TABLE versions DROP COLUMN trained_on")
+        sql.execute("ALTER TABLE versions ADD COLUMN verified INTEGER NOT NULL DEFAULT 1")
+        sql.execute("ALTER TABLE versions ADD COLUMN warnings TEXT NOT NULL DEFAULT '[]'")
+        sql.execute("PRAGMA user_version = 1")
+    catalog = open_catalog(tmp_path)
+    [version] = catalog.get(TENANT, "tone").versions
+    assert version == dataclasses.replace(pushed.versions[0], trained_on=None)
+    assert push(catalog, "tone", ONE).versions == pushed.versions
+    catalog.close()
+
+
 def test_pages(catalog: Catalog) -> None:
     for name in ("b", "a", "c"):
         push(catalog, name, ONE)
@@ -164,7 +182,7 @@ def test_a_version_checked_against_another_base_is_not_leased(catalog: Catalog) 
     push(catalog, "tone", ONE)
     for change in ({"weights": "x"}, {"quantization": "none"}):
         other = dataclasses.replace(IDENTITY, **change)
-        with pytest.raises(Conflict):
+        with pytest.raises(FailedPrecondition):
             catalog.lease(TENANT, "tone", other)
     catalog.lease(TENANT, "tone", dataclasses.replace(IDENTITY, tokenizer="x", chat_template="x")).release()
     # Uploading it again checks it again.
@@ -181,7 +199,7 @@ def test_a_deleted_name_drains_and_starts_again(catalog: Catalog, tmp_path: Path
     with pytest.raises(NotFound):
         catalog.lease(TENANT, "tone", IDENTITY)
     again = push(catalog, "tone", TWO)
-    assert (again.version, versions(again)) == (1, [1])
+    assert (again.version, versions(again)) == (2, [2])
     first.release()
     first.release()
     assert stored_digests(tmp_path) == {digest_of(ONE), digest_of(TWO)}
@@ -189,6 +207,35 @@ def test_a_deleted_name_drains_and_starts_again(catalog: Catalog, tmp_path: Path
     second.release()
     assert stored_digests(tmp_path) == {digest_of(TWO)}
     assert unused == [digest_of(ONE)]
+
+
+def test_a_deleted_name_is_gone_but_its_numbers_never_come_again(tmp_path: Path) -> None:
+    catalog = open_catalog(tmp_path)
+    push(catalog, "tone", ONE)
+    etag = push(catalog, "tone", TWO).etag
+    catalog.delete(TENANT, "tone")
+    catalog.close()
+    catalog = open_catalog(tmp_path)
+    assert catalog.list(TENANT, page_size=0, page_token="") == ([], "")
+    calls = (catalog.get, catalog.delete, lambda *call: catalog.lease(*call, IDENTITY))
+    for call in calls:
+        for reference in ("tone", "tone@1", "tone@2"):
+            with pytest.raises(NotFound):
+                call(TENANT, reference)
+    with pytest.raises(NotFound):
+        catalog.set_live(TENANT, "tone", 1, etag="stale")
+    again = push(catalog, "tone", ONE, stage=True)
+    assert (again.version, again.live_version, versions(again)) == (3, 3, [3])
+    assert again.etag != etag
+    assert push(catalog, "tone", TWO, tenant="other").version == 1
+    catalog.close()
+
+
+def test_a_salt_is_read_while_the_disk_is_busy(catalog: Catalog, tmp_path: Path) -> None:
+    salt = catalog.salt(TENANT)
+    with closing(sqlite3.connect(tmp_path / "catalog.sqlite3", isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        assert catalog.salt(TENANT) == salt
 
 
 def test_a_deleted_version_is_seen_draining_and_its_number_never_comes_again(catalog: Catalog, tmp_path: Path) -> None:
@@ -213,7 +260,7 @@ def test_a_deleted_version_is_seen_draining_and_its_number_never_comes_again(cat
 def test_the_live_version_goes_only_with_its_name(catalog: Catalog, tmp_path: Path) -> None:
     push(catalog, "tone", ONE)
     push(catalog, "tone", TWO)
-    with pytest.raises(Conflict):
+    with pytest.raises(FailedPrecondition):
         catalog.delete(TENANT, "tone@2")
     assert catalog.delete(TENANT, "tone@1") == [digest_of(ONE)]
     assert catalog.delete(TENANT, "tone@2") == [digest_of(TWO)]

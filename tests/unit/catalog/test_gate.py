@@ -13,7 +13,7 @@ from loras import BASE, CONFIG, DTYPES, header_of, lora_files, safetensors, tens
 
 from hatrack.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from hatrack_server.adapters.safetensors_header import TensorHeader
-from hatrack_server.catalog import Checked, check
+from hatrack_server.catalog import Checked, check, gate
 from hatrack_server.catalog.finite import CHUNK_BYTES, first_non_finite
 from hatrack_server.errors import InvalidArtifact
 
@@ -31,8 +31,8 @@ def field_of(directory: Path, files: dict[str, bytes]) -> str:
 
 def test_a_plain_peft_artifact_is_unverified(tmp_path: Path) -> None:
     checked = run(tmp_path, lora_files())
-    assert not checked.verified
-    assert len(checked.warnings) == 1
+    assert checked.trained_on is None
+    assert len(gate.warnings(None, BASE.identity)) == 1
     assert checked.spec.rank == 2
     assert checked.spec.parameters == 2 * (2 * 4 + 6 * 2)
     assert checked.spec.resident_bytes == 4 * checked.spec.parameters
@@ -41,16 +41,21 @@ def test_a_plain_peft_artifact_is_unverified(tmp_path: Path) -> None:
 
 def test_the_very_base_verifies(tmp_path: Path) -> None:
     checked = run(tmp_path, lora_files(manifest=BASE.identity))
-    assert checked == Checked(checked.spec, verified=True, warnings=())
+    assert checked.trained_on == BASE.identity
+    assert gate.warnings(BASE.identity, BASE.identity) == ()
 
 
 @pytest.mark.parametrize("key", ["quantization", "tokenizer", "chat_template"])
 def test_another_tokenizer_template_or_quantization_warns(tmp_path: Path, key: str) -> None:
     other = dataclasses.replace(BASE.identity, **{key: "none"})
-    checked = run(tmp_path, lora_files(manifest=other))
-    assert not checked.verified
-    (warning,) = checked.warnings
+    (warning,) = gate.warnings(run(tmp_path, lora_files(manifest=other)).trained_on, BASE.identity)
     assert key.replace("_", " ") in warning
+
+
+@pytest.mark.parametrize("text", ["x" * 81, "\ud800"])
+def test_a_digest_that_cannot_be_one_is_refused(tmp_path: Path, text: str) -> None:
+    other = dataclasses.replace(BASE.identity, quantization=text)
+    assert field_of(tmp_path, lora_files(manifest=other)) == "manifest.json: base.quantization"
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:

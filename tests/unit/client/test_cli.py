@@ -99,7 +99,12 @@ def test_a_refusal_is_one_sentence_and_tells_whose_fault_it_is(
         (("generate", "hi", "--tempature", "1"), "--tempature"),
         (("adapters", "promote", "tone", "zero"), "version"),
         (("adapters", "push", "tone", "/nowhere"), "/nowhere"),
-        (("generate", "hi", "--tls-ca", "/nowhere.pem"), "/nowhere.pem"),
+        (("adapters", "get", "\udcff"), "UTF-8"),
+        (("generate", "\udcff"), "prompt"),
+        (("generate", "hi", "--tls-ca", "/nowhere.pem"), "--tls-ca: /nowhere.pem"),
+        (("generate", "hi", "--tls-ca", __file__), "holds no certificate"),
+        (("generate", "hi", "--server", ""), "--server: must be HOST:PORT"),
+        (("generate", "hi", "--api-key", "Schlüssel"), "--api-key: must be ASCII"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_exits_with_2(hatrack: Any, args: tuple[str, ...], named: str) -> None:

@@ -62,6 +62,44 @@ def test_exactly_one_input_is_needed(server: Any, client: Client, inputs: dict[s
     assert server.requests == []
 
 
+@pytest.mark.parametrize(
+    "server", ["", "localhost", ":1", "a:b", "a:0", "a:65536", "a:1 ", "my hat:1", "http://a:1", "::1", "hüte:1"]
+)
+def test_an_address_that_no_server_has_is_refused(server: str) -> None:
+    with pytest.raises(InvalidArgument, match="HOST:PORT") as caught:
+        Client(server)
+    assert caught.value.field == "server"
+
+
+@pytest.mark.parametrize("server", ["localhost:1", "127.0.0.1:65535", "[::1]:1", "hat-rack.example_1.org:443"])
+def test_an_address_that_a_server_may_have(server: str) -> None:
+    Client(server).close()
+
+
+@pytest.mark.parametrize("key", ["Schlüssel", "hat-1\n", "hat 1", "hat\x7f"])
+def test_a_key_that_no_header_carries_is_refused_and_not_shown(server: Any, key: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Client(server.address, api_key=key)
+    assert caught.value.field == "api_key"
+    assert key.strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field"),
+    [
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "hi", "adapter": "\ud800"}, "adapter"),
+        ({"token_ids": ["a"]}, "token_ids"),
+        ({"messages": [{"role": "user", "contents": "hi"}]}, "chat"),
+    ],
+)
+def test_a_wrong_input_is_named(server: Any, client: Client, inputs: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        client.generate(**inputs)
+    assert caught.value.field == field
+    assert server.requests == []
+
+
 @pytest.mark.parametrize(("name", "value"), [("top_k", "many"), ("tempature", 1.0)])
 def test_a_wrong_sampling_value_or_name_is_named(client: Client, name: str, value: Any) -> None:
     with pytest.raises(InvalidArgument) as caught:
@@ -118,6 +156,15 @@ def test_push_names_the_missing_file_and_sends_nothing(server: Any, client: Clie
     with pytest.raises(InvalidArgument, match=missing) as caught:
         client.push_adapter("tone", folder)
     assert caught.value.field == missing
+    assert server.requests == []
+
+
+def test_push_names_a_file_that_cant_be_read(server: Any, client: Client, folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").symlink_to("/proc/self/mem")
+    with pytest.raises(InvalidArgument, match=r"adapter_config\.json can't be read") as caught:
+        client.push_adapter("tone", folder)
+    assert caught.value.field == "adapter_config.json"
     assert server.requests == []
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from hatrack_server.errors import InvalidRequest, NotFound, Unauthenticated
-from hatrack_server.tenancy import KeyStore
+from hatrack_server.database import Database
+from hatrack_server.errors import InvalidRequest, NotFound, StartupError, Unauthenticated
+from hatrack_server.tenancy.keys import SCHEMAS, KeyStore
 
 
 @pytest.fixture
@@ -38,7 +42,20 @@ def test_another_process_makes_and_revokes_keys(keys: KeyStore, tmp_path: Path) 
         keys.authenticate(key)
     with pytest.raises(NotFound):
         offline.revoke_key(record.id)
+    assert offline.list_keys() == []
+    assert keys.any_keys()  # else a server would be open to everybody again
     offline.close()
+
+
+def test_a_file_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
+    Database(tmp_path / "keys.sqlite3", SCHEMAS[:1]).close()
+    with closing(sqlite3.connect(tmp_path / "keys.sqlite3")) as sql, sql:
+        row = ("0" * 12, "mine", hashlib.sha256(b"1" * 64).digest(), "2025-01-01T00:00:00+00:00")
+        sql.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", row)
+    with closing(KeyStore(tmp_path)) as keys:
+        assert keys.authenticate(f"hk_{'0' * 12}_{'1' * 64}") == "mine"
+    with pytest.raises(StartupError, match="version 2, of a newer Hatrack"):
+        Database(tmp_path / "keys.sqlite3", SCHEMAS[:1])
 
 
 def test_wrong_keys_all_get_the_same_answer(keys: KeyStore) -> None:

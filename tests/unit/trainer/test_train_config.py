@@ -45,6 +45,12 @@ def test_a_number_that_yaml_takes_for_text(tmp_path: Path) -> None:
         ("train: {learning_rate: .nan}", "train.learning_rate: input should be a finite number"),
         ("train: {schedule: step}", "train.schedule: input should be 'constant', 'linear' or 'cosine'"),
         ("adapter: {target_modules: 3}", "adapter.target_modules: input should be a valid list"),
+        (
+            "adapter: {target_modules: []}",
+            "adapter.target_modules: list should have at least 1 item after validation, not 0",
+        ),
+        ("train: {seed: 4294967296}", "train.seed: input should be less than 4294967296"),
+        ("train: [epochs]", "train: must be a section, with keys of its own"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, text: str, sentence: str) -> None:

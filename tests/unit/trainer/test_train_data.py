@@ -89,6 +89,11 @@ def test_a_base_without_a_chat_template_refuses_chats(tiny_llama: Path, tmp_path
         read(tmp_path, tmp_path, {"messages": messages})
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tiny_llama: Path, tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    assert read(tiny_llama, tmp_path, "\ufeff" + json.dumps(row)) == read(tiny_llama, tmp_path, row)
+
+
 def test_a_file_without_rows(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no rows"):
         read(tiny_llama, tmp_path, "\n")

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hatrack_server.model.load import load_base
+from hatrack_trainer.artifact import check_output_folder
+from hatrack_trainer.errors import UsageError
+from hatrack_trainer.targets import check_targets
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        "targets", ["all-linear", ["q_proj", "down_proj"], ["self_attn.q_proj"], ["model.layers.0.mlp.up_proj"]]
+    )
+    def test_linear_layers(self, tiny_llama: Path, targets: list[str]) -> None:
+        check_targets(targets, tiny_llama)
+
+    @pytest.mark.parametrize("targets", [["nowhere"], ["q_proj", "nowhere"], ["nowhere", "embed_tokens"]])
+    def test_every_name_must_be_a_module(self, tiny_llama: Path, targets: list[str]) -> None:
+        sentence = r"adapter\.target_modules: nowhere is no module of the base; take some of down_proj, .*, v_proj$"
+        with pytest.raises(UsageError, match=sentence):
+            check_targets(targets, tiny_llama)
+
+    @pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "self_attn", "norm", "0"])
+    def test_other_modules_than_the_blocks_linear_layers(self, tiny_llama: Path, target: str) -> None:
+        with pytest.raises(UsageError, match=rf"adapter\.target_modules: {target} can't have an adapter"):
+            check_targets(["q_proj", target], tiny_llama)
+
+    def test_a_base_that_is_quantised_on_disk(self, tiny_llama: Path, tmp_path: Path) -> None:
+        load_base(tiny_llama, quantization="nf4", dtype=None, device="cpu").save_pretrained(tmp_path)
+        check_targets(["q_proj"], tmp_path)
+
+    def test_a_base_that_is_no_causal_model(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+        with pytest.raises(UsageError, match=r"base\.model: Unrecognized configuration class .*ViTConfig"):
+            check_targets(["q_proj"], tmp_path)
+
+
+class TestOutputFolder:
+    @pytest.mark.parametrize("name", ["new", "deep/new", "empty", "link"])
+    def test_room_for_an_artifact(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "link").symlink_to("nowhere")
+        before = sorted(tmp_path.rglob("*"))
+        check_output_folder(tmp_path / name)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("file", "exists already"),
+            (".", "exists already"),
+            ("new/..", "exists already"),
+            ("file/new", "can't be made: Not a directory"),
+            ("x" * 300, "can't be made: File name too long"),
+            ("/proc/new", "can't be made: "),
+        ],
+    )
+    def test_no_room(self, tmp_path: Path, name: str, reason: str) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(UsageError, match=f"^output.dir: .*{reason}"):
+            check_output_folder(tmp_path / name)

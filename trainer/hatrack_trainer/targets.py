@@ -1,0 +1,45 @@
+"""Which layers of a base an adapter names, looked up before the base is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hatrack_server.model.load import read_config
+from hatrack_trainer.errors import UsageError
+
+
+def check_targets(targets: list[str] | Literal["all-linear"], checkpoint: Path) -> None:
+    """Raises UsageError for the first name that selects no module, or one that is no linear layer of the base's blocks.
+
+    PEFT would ignore a name that selects nothing beside one that does, and train an embedding, which no server takes.
+    """
+    if targets == "all-linear":
+        return
+    base = _without_weights(checkpoint)
+    head = base.get_output_embeddings()
+    modules = dict(base.named_modules())
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
+    for target in targets:
+        alone = LoraConfig(target_modules=[target])
+        selected = {name for name in modules if check_target_module_exists(alone, name)}
+        if not selected or selected - linears:
+            wrong = "can't have an adapter" if selected else "is no module of the base"
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise UsageError(f"adapter.target_modules: {target} {wrong}; take some of {known}")
+
+
+def _without_weights(checkpoint: Path) -> PreTrainedModel:
+    config = read_config(checkpoint)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"base.model: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    return model
