@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hatrack.manifest import ARTIFACT_FILES, artifact_digest, file_sha256
+from hatrack.manifest import ARTIFACT_FILES, CONFIG_FILE, artifact_digest, file_sha256
 from hatrack_server.config import EngineConfig
 from hatrack_server.engine.step import Engine
 from hatrack_server.engine.worker import build_engine, describe_base
@@ -19,8 +21,15 @@ PATIENCE_SECONDS = 30.0
 
 
 def artifact_at(path: Path) -> Artifact:
-    """The artifact in `path`, with its digest."""
-    return Artifact(artifact_digest({name: file_sha256(path / name) for name in ARTIFACT_FILES}), path)
+    """The artifact in `path`, with its digest and its virtual tokens, which the gate would find."""
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+    except ValueError:  # damaged since it passed the gate
+        config = {}
+    virtual = config.get("num_virtual_tokens", 0)
+    prefix = virtual if config.get("peft_type") == "PREFIX_TUNING" else 0
+    digest = artifact_digest({name: file_sha256(path / name) for name in ARTIFACT_FILES})
+    return Artifact(digest, path, virtual - prefix, prefix)
 
 
 class InProcess:
@@ -41,6 +50,12 @@ class InProcess:
         sampling = options.pop("sampling", GREEDY)
         self.engine.submit(Generation(self._next, tenant, salt, artifact, tuple(prompt), sampling, **options))
         return self._next
+
+    def load(self, adapters: Iterable[Path]) -> None:
+        """Makes programs resident, so that what follows doesn't depend on how fast they are loaded."""
+        for adapter in adapters:
+            self.engine.slots.request(artifact_at(adapter))
+            assert self.loads.get(timeout=PATIENCE_SECONDS).error is None
 
     def step(self) -> list[Delta]:
         """One step, after whatever the loading thread has brought."""

@@ -20,16 +20,21 @@ from hatrack.manifest import (
     file_sha256,
 )
 from hatrack_server.catalog import Catalog, Checked, DeclaredFile, Upload
-from hatrack_server.types import Artifact, BaseInfo, LinearShape, ProgramSpec
+from hatrack_server.types import Artifact, BaseInfo, BaseShapes, LinearShape, ProgramSpec
 
 BASE = BaseInfo(
     identity=BaseIdentity(weights="w" * 64, quantization="nf4-double-64", tokenizer="t" * 64, chat_template="c" * 64),
     architecture="LlamaForCausalLM",
-    linears={
-        f"model.layers.{layer}.self_attn.{name}": LinearShape(out_features=6, in_features=4)
-        for layer in range(2)
-        for name in ("q_proj", "v_proj")
-    },
+    shapes=BaseShapes(
+        linears={
+            f"model.layers.{layer}.self_attn.{name}": LinearShape(out_features=6, in_features=4)
+            for layer in range(2)
+            for name in ("q_proj", "v_proj")
+        },
+        embedding="model.embed_tokens",
+        width=4,
+        attention=(),
+    ),
     vocab_size=320,
     max_model_len=512,
     kv_tokens=4096,

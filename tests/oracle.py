@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,16 +28,15 @@ def make_adapter(base: PreTrainedModel, path: Path, *, seed: int, **config: Any)
 def save_adapter(base: PreTrainedModel, path: Path, config: PeftConfig, *, seed: int, noise: float = NOISE) -> Path:
     """Saves an adapter of any method with random weights through PEFT itself; leaves `base` as it was.
 
-    Vectors that scale something are random about 1, everything else about 0.
+    Vectors that scale something are random about what they were, everything else about 0.
     """
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, copy.copy(config))  # PEFT writes the base's name into it
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if model.prefix in name:
+        if any(mark in name for mark in (getattr(model, "prefix", "adaption_"), "prompt_encoder")):
             random = torch.randn(parameter.shape, generator=generator) * noise
-            parameter.data = 1 + random if "ia3_l" in name else random
-            if "lora_magnitude_vector" in name:
-                parameter.data = parameter.data.abs() + 1
+            scales = "ia3_l" in name or "lora_magnitude_vector" in name
+            parameter.data = parameter.data.float() * (1 + random) if scales else random
     model.save_pretrained(path, save_embedding_layers=False)
     _take_off(model)
     return path
@@ -76,13 +77,19 @@ class Oracle:
             return base(ids).logits[0].float()
         model = PeftModel.from_pretrained(base, adapter).eval()
         try:
-            return model(ids).logits[0].float()
+            return model(ids).logits[0, -len(tokens) :].float()  # behind those of a soft prompt
         finally:
             _take_off(model)
 
 
 def _take_off(model: PeftModel) -> None:
     """Leaves the base as it was; PEFT would leave its config there, and warn at the next adapter."""
-    base = model.unload()
+    if model.active_peft_config.peft_type is PeftType.ADAPTION_PROMPT:
+        model.base_model._remove_adapted_attentions("default")
+    base = model.get_base_model()
+    for name, layer in list(base.named_modules()):  # what `unload` does, which refuses (IA)³ on NF4
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(base, "peft_config"):
         del base.peft_config

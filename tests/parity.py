@@ -36,8 +36,8 @@ class Case:
     on_plain_linears: Collection[str] = ()  # adapters that PEFT can't run on this base's own
 
     def forced(self, name: str, who: str, ids: list[int]) -> Tensor:
-        """The oracle's logits with the adapter `who`, on the linears that `name` needs."""
-        return self.oracle.logits(self.adapters[who], ids, plain=name in self.on_plain_linears)
+        """The oracle's logits with the adapter `who`, on linears that both can run on."""
+        return self.oracle.logits(self.adapters[who], ids, plain=bool({name, who} & set(self.on_plain_linears)))
 
 
 def make_case(
@@ -48,21 +48,24 @@ def make_case(
     *,
     quantization: str = "nf4",
     on_plain_linears: Collection[str] = (),
+    max_step_tokens: int = 48,
 ) -> Case:
     """A tiny random base of `family`, quantised, with the adapters that `make_adapters` saves for it."""
     dtype, packed, tolerance = PRECISIONS[precision]
     checkpoint = make_checkpoint(folder / "base", family, initializer_range=INITIALIZER_RANGE)
     oracle = Oracle(checkpoint, quantization=quantization, dtype=dtype, packed=packed)
-    config = EngineConfig.model_validate({
-        "model": checkpoint,
-        "quantization": quantization,
-        "dtype": precision,
-        "packed": packed,
-        "device": "cpu",
-        "kv_cache_gb": 0.004,
-        "max_rows": 32,
-        "max_step_tokens": 48,
-    })
+    config = EngineConfig.model_validate(
+        {
+            "model": checkpoint,
+            "quantization": quantization,
+            "dtype": precision,
+            "packed": packed,
+            "device": "cpu",
+            "kv_cache_gb": 0.004,
+            "max_rows": 32,
+            "max_step_tokens": max_step_tokens,
+        }
+    )
     adapters = {"base": None, **make_adapters(oracle, folder)}
     return Case(oracle, PagedModel(config), config, adapters, tolerance, on_plain_linears)
 
@@ -75,7 +78,8 @@ def recorded_run(
     sample = step.sample
     monkeypatch.setattr(step, "sample", lambda logits, draws: (seen.append(logits.float()), sample(logits, draws))[1])
     run = InProcess(case.model, case.config)
-    prompts = [[(37 * row + 11 * i) % 256 for i in range(20 + 7 * (row % 8))] for row in range(len(rows))]
+    run.load(path for path in case.adapters.values() if path)
+    prompts = [[(37 * row + 11 * i) % 256 for i in range(6 + 9 * (row % 8))] for row in range(len(rows))]
     ids = [run.submit(prompt, case.adapters[name]) for prompt, name in zip(prompts, rows, strict=True)]
     logits: dict[int, list[Tensor]] = {i: [] for i in ids}
     answers: dict[int, list[int]] = {i: [] for i in ids}

@@ -39,6 +39,14 @@ class Artifact:
 
     digest: str  # sha256 over config and safetensors, lower-case hexadecimal
     path: Path
+    # Positions before the text that it takes: of embeddings, which go through the model, or of ready keys and values.
+    soft_tokens: int = 0
+    prefix_tokens: int = 0
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Both; they count in the context."""
+        return self.soft_tokens + self.prefix_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +92,32 @@ class LinearShape:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """One attention layer of the base."""
+
+    name: str  # the module's, e.g. "model.layers.0.self_attn"
+    kv_heads: int
+    key_dim: int  # of one head
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseShapes:
+    """Where adapters may act in the base."""
+
+    linears: dict[str, LinearShape]  # by full module name, e.g. "model.layers.0.self_attn.q_proj"
+    embedding: str  # the module's name
+    width: int  # of the embedding and the residual stream
+    attention: tuple[AttentionShape, ...]  # layer by layer
+
+
+@dataclass(frozen=True, slots=True)
 class BaseInfo:
     """What the front process needs to know of the loaded base."""
 
     identity: BaseIdentity
     architecture: str  # e.g. "LlamaForCausalLM"
-    linears: dict[str, LinearShape]  # by full module name, e.g. "model.layers.0.self_attn.q_proj"
+    shapes: BaseShapes
     vocab_size: int
     max_model_len: int  # prompt and completion together, in tokens
     kv_tokens: int  # what the whole KV cache holds, in tokens
@@ -107,6 +135,8 @@ class ProgramSpec:
     parameters: int
     resident_bytes: int  # when it is served by a base that computes in 16 bits
     tensors: dict[str, tuple[int, ...]] = field(repr=False)  # every expected key with its exact shape
+    soft_tokens: int = 0  # see Artifact
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

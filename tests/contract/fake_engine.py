@@ -11,13 +11,22 @@ from typing import Any
 
 from hatrack.manifest import BaseIdentity
 from hatrack_server.errors import Unavailable
-from hatrack_server.types import Artifact, BaseInfo, Delta, FinishReason, LinearShape, Sampling, TokenLogprobs
+from hatrack_server.types import (
+    Artifact,
+    BaseInfo,
+    BaseShapes,
+    Delta,
+    FinishReason,
+    LinearShape,
+    Sampling,
+    TokenLogprobs,
+)
 
 BOS, EOS = 256, 257
 BASE = BaseInfo(
     identity=BaseIdentity("w" * 64, "nf4-double-64", "t" * 64, "c" * 64),
     architecture="LlamaForCausalLM",
-    linears={"model.layers.0.self_attn.q_proj": LinearShape(8, 8)},
+    shapes=BaseShapes({"model.layers.0.self_attn.q_proj": LinearShape(8, 8)}, "model.embed_tokens", 8, ()),
     vocab_size=320,
     max_model_len=512,
     kv_tokens=400,

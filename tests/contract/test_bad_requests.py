@@ -111,6 +111,18 @@ async def refused(harness: Harness, request: pb.GenerateRequest, field: str) -> 
     assert not harness.engine.calls
 
 
+@pytest.mark.parametrize("inside", ["", "sampling", "chat"])
+async def test_a_field_that_the_server_does_not_know_is_refused(harness: Harness, inside: str) -> None:
+    newer = bytes.fromhex("f83f01")  # field 1023
+    request = pb.GenerateRequest(chat=pb.Chat(messages=[user("hi")]), sampling=pb.SamplingParams(seed=1))
+    if inside:
+        getattr(request, inside).MergeFromString(newer)
+    else:
+        request.MergeFromString(newer)
+    got = await failure(harness.inference.Generate(request))
+    assert (got.code, got.field) == (grpc.StatusCode.INVALID_ARGUMENT, f"{inside}.1023".lstrip("."))
+
+
 async def test_a_hopeless_text_is_refused_untokenised(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> list[int]:
         raise AssertionError("the text was tokenised")

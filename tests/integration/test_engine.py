@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from inprocess import GREEDY, PATIENCE_SECONDS, InProcess, tokens
-from oracle import Oracle, make_adapter
+from oracle import Oracle, make_adapter, save_adapter
+from peft import PrefixTuningConfig, PromptTuningConfig
 from tiny import FAMILIES, make_checkpoint
 
 from hatrack_server.adapters.pieces import Pieces
@@ -32,6 +33,12 @@ class Bench:
             make_adapter(base, folder / f"a{i}", seed=i, r=r, lora_alpha=2 * r, target_modules=t)
             for i, (r, t) in enumerate([(4, ["q_proj", "v_proj"]), (8, "all-linear"), (64, ["k_proj", "q_proj"])])
         ]
+        # Virtual tokens that fill whole blocks of 16 and a part of one.
+        for name, virtual in (
+            ("prompt", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=19)),
+            ("prefix", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=37)),
+        ):
+            self.adapters.append(save_adapter(base, folder / name, virtual, seed=9, noise=1.0))
         self._models: dict[float, PagedModel] = {}
 
     def engine(self, **settings: Any) -> InProcess:
@@ -175,6 +182,22 @@ def test_a_row_that_cannot_be_computed_ends_alone(engine: InProcess, bench: Benc
     assert [tokens(deltas[i]) for i in ids] == alone
     alone_again = engine.submit([100_000])
     assert engine.run()[alone_again][-1].error == "its computation failed"
+
+
+def test_a_lost_device_ends_the_engine_even_with_one_row(
+    engine: InProcess, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    failed = engine.submit([1, 2, 3])
+    with monkeypatch.context() as failing:
+        failing.setattr(engine.engine.model, "forward", lost)
+        assert engine.run()[failed][-1].error == "its computation failed"  # the device still computes
+        engine.submit([1, 2, 3])
+        failing.setattr(engine.engine.model, "check_device", lost)
+        with pytest.raises(RuntimeError):
+            engine.run()
 
 
 def test_an_unreadable_artifact_fails_its_requests_only(engine: InProcess, bench: Bench, tmp_path: Path) -> None:

@@ -76,12 +76,12 @@ def test_positions_that_depend_on_the_batch_are_refused(rope: dict[str, Any], tm
 
 
 def test_other_families_are_served(tmp_path: Path) -> None:
-    assert paged(any_checkpoint(tmp_path / "gpt2", "gpt2", vocab_size=320, **TINY_HEADS)).layers.shapes.keys() >= {
-        "transformer.h.1.mlp.c_fc"
-    }
+    assert paged(
+        any_checkpoint(tmp_path / "gpt2", "gpt2", vocab_size=320, **TINY_HEADS)
+    ).layers.shapes.linears.keys() >= {"transformer.h.1.mlp.c_fc"}
     neox = {key: SHAPE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     model = paged(any_checkpoint(tmp_path / "neox", "gpt_neox", num_attention_heads=4, **neox))
-    assert "gpt_neox.layers.0.attention.query_key_value" in model.layers.shapes
+    assert "gpt_neox.layers.0.attention.query_key_value" in model.layers.shapes.linears
 
 
 def test_nf4_on_disk_is_taken_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_the_front_process_learns(tmp_path: Path) -> None:
     base = describe_base(config, PagedModel(config))
     assert base.eos_token_ids == {257, 259}
     assert (base.vocab_size, base.max_model_len) == (320, 512)
-    assert base.linears["model.layers.1.mlp.down_proj"].in_features == 128
+    assert base.shapes.linears["model.layers.1.mlp.down_proj"].in_features == 128
     assert base.identity == identify(checkpoint, "nf4")
     # 2 layers of 4 linears 64x64, 64x32 …, 73,728 weights: half a byte each, and its scales in a packed layout or not.
     assert 4.1 <= base.memory["NF4 weights"] * 8 / 73_728 <= 4.6

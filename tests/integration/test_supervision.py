@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from inprocess import artifact_at
+from safetensors.torch import save_file
 
 from hatrack_server.config import EngineConfig
 from hatrack_server.engine.client import EngineClient, _WorkerProcess
@@ -58,6 +62,16 @@ def generate(engine: EngineClient, sampling: Sampling = SHORT, **options: object
     return engine.generate(sampling=sampling, **arguments)  # type: ignore[arg-type]
 
 
+def lora_files_of(path: Path) -> Artifact:
+    """An adapter of the tiny base that changes nothing."""
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{module}.lora_A.weight": torch.zeros(2, 64), f"{module}.lora_B.weight": torch.zeros(64, 2)},
+              path / "adapter_model.safetensors")  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["model.layers.0.self_attn.q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return artifact_at(path)
+
+
 async def tokens(deltas: AsyncIterator[Delta]) -> list[int]:
     return [token async for delta in deltas for token in delta.tokens]
 
@@ -101,6 +115,33 @@ async def test_a_hung_worker_is_not_ready_then_killed_and_replaced(
     await until(lambda: engine.ready)
     assert engine.worker_pid != pid
     assert len(await tokens(generate(engine))) == SHORT.max_tokens
+
+
+async def test_a_reader_of_a_dead_worker_is_no_work_of_the_next(
+    engine: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = generate(engine, ENDLESS)
+    await anext(stream)  # and then reads no more
+    assert engine.worker_pid
+    os.kill(engine.worker_pid, signal.SIGKILL)
+    await until(lambda: not engine.ready)
+    await until(lambda: engine.ready)
+    monkeypatch.setattr("hatrack_server.engine.client.STALL_SECONDS", 0.1)
+    monkeypatch.setattr("hatrack_server.engine.client.HUNG_SECONDS", 0.2)
+    pid = engine.worker_pid
+    await asyncio.sleep(0.6)
+    assert (engine.ready, engine.worker_pid, engine.in_flight) == (True, pid, 0)
+    with pytest.raises(Unavailable):
+        await tokens(stream)
+
+
+async def test_a_trial_is_not_tried_again_by_the_next_worker(engine: EngineClient, tmp_path: Path) -> None:
+    files = lora_files_of(tmp_path)
+    assert len(await tokens(generate(engine, artifact=files, trial=True))) == SHORT.max_tokens
+    assert files.digest not in engine._programs
+    assert len(await tokens(generate(engine, artifact=files))) == SHORT.max_tokens
+    assert files.digest in engine._programs
+    engine.forget(files.digest)
 
 
 async def test_a_worker_without_work_may_be_silent(engine: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:

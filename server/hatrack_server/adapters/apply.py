@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +14,8 @@ from hatrack_server.adapters.slots import Slot
 from hatrack_server.kernels.runs import Run, merge_runs
 
 
-class LayerEffect:
-    """All pieces that act at one layer in one batch."""
+class ModuleEffect:
+    """All pieces that act at one module in one batch."""
 
     def __init__(self, runs: Mapping[Pool, list[Run]]) -> None:
         in_order = sorted(runs.items(), key=lambda found: found[0].kind.stage)
@@ -23,7 +23,7 @@ class LayerEffect:
         self._on_output = [(pool, runs) for pool, runs in in_order if pool.kind.stage is not Stage.INPUT]
 
     def input(self, x: Tensor) -> Tensor:
-        """What the base's product takes in place of x[T, in]; x itself is left as it is."""
+        """What a linear layer's product takes in place of x[T, in]; x itself is left as it is."""
         if not self._on_input:
             return x
         values = x.clone()
@@ -32,9 +32,17 @@ class LayerEffect:
         return values
 
     def output(self, y: Tensor, x: Tensor) -> None:
-        """Changes the base's output y[T, out] in place, given the layer's input x[T, in]."""
+        """Changes the module's output y[T, …] in place, given what it got: x[T, …]."""
         for pool, runs in self._on_output:
             pool.kind.act(y, x, pool.stacks, runs)
+
+
+class Row(NamedTuple):
+    """One sequence's part of a batch."""
+
+    slot: Slot | None  # None: the base alone
+    tokens: int
+    position: int  # of the first of them in the sequence; all that lie behind the slot's soft prompt are alike
 
 
 class BatchEffects:
@@ -43,40 +51,44 @@ class BatchEffects:
     def __init__(self, head: str | None = None) -> None:
         """`head` is the layer that sees only each row's last token."""
         self._head = head
-        self._rows: list[tuple[Slot | None, int]] = []
-        self._effects: dict[str, LayerEffect] = {}
+        self._rows: list[Row] = []
+        self._effects: dict[str, ModuleEffect] = {}
 
-    def build(self, rows: Rows[tuple[Slot | None, int]]) -> dict[str, LayerEffect]:
-        """`rows` gives each sequence's slot (None: the base alone) and number of tokens, in the batch's order."""
-        if list(rows) != self._rows:
-            self._rows = list(rows)
+    def build(self, parts: Iterable[tuple[Slot | None, int, int]]) -> dict[str, ModuleEffect]:
+        """`parts` gives each sequence's slot, number of tokens and position of the first, in the batch's order."""
+        rows = [Row(slot, tokens, min(position, slot.soft_tokens if slot else 0)) for slot, tokens, position in parts]
+        if rows != self._rows:
+            self._rows = rows
             self._effects = _effects(_segments(rows))
             if self._head in self._effects:
-                last_tokens = [(slot, 1) for slot, _ in rows]
+                last_tokens = [row._replace(tokens=1) for row in rows]
                 self._effects[self._head] = _effects(_segments(last_tokens))[self._head]
         return self._effects
 
 
-def _segments(rows: Rows[tuple[Slot | None, int]]) -> list[tuple[Slot, int, int]]:
-    """(slot, first token, tokens), neighbours with the same slot joined."""
-    segments: list[tuple[Slot, int, int]] = []
+def _segments(rows: Iterable[Row]) -> list[tuple[Row, int]]:
+    """(row, its first token), neighbours with the same slot joined where no soft prompt tells their tokens apart."""
+    segments: list[tuple[Row, int]] = []
     start = 0
-    for slot, length in rows:
-        if slot is not None:
-            if segments and segments[-1][0] is slot and segments[-1][1] + segments[-1][2] == start:
-                slot, first, before = segments.pop()
-                segments.append((slot, first, before + length))
+    for row in rows:
+        if row.slot is not None:
+            last, first = segments[-1] if segments else (None, 0)
+            joinable = last is not None and last.slot is row.slot and first + last.tokens == start
+            if last and joinable and last.position == row.position == row.slot.soft_tokens:
+                segments[-1] = last._replace(tokens=last.tokens + row.tokens), first
             else:
-                segments.append((slot, start, length))
-        start += length
+                segments.append((row, start))
+        start += row.tokens
     return segments
 
 
-def _effects(segments: list[tuple[Slot, int, int]]) -> dict[str, LayerEffect]:
-    layers: dict[str, dict[Pool, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for slot, start, length in segments:
-        for place in slot.places:
-            layers[place.pool.layer][place.pool].append(Run(start, length, place.row))
+def _effects(segments: list[tuple[Row, int]]) -> dict[str, ModuleEffect]:
+    modules: dict[str, dict[Pool, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for row, start in segments:
+        for place in row.slot.places if row.slot else ():
+            run = Run(start, row.tokens, place.row, position=row.position)
+            modules[place.pool.module][place.pool].append(run)
     return {
-        layer: LayerEffect({pool: merge_runs(runs) for pool, runs in pools.items()}) for layer, pools in layers.items()
+        module: ModuleEffect({pool: merge_runs(runs) for pool, runs in pools.items()})
+        for module, pools in modules.items()
     }

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
-from hatrack_server.types import LinearShape
+from hatrack_server.types import BaseShapes
 
 
 class BaseLayers(Protocol):
-    """The linear layers of the loaded base, by name."""
+    """The loaded base: where adapters may act, and its linear layers by name."""
 
     @property
-    def shapes(self) -> Mapping[str, LinearShape]:
-        """Of every layer that adapters may target."""
+    def shapes(self) -> BaseShapes:
+        """What `describe` was given."""
 
     def project(self, layer: str, rows: Tensor) -> Tensor:
         """rows[R, in] through the layer's weight alone, without its bias: float32 [R, out]."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import regex
 
@@ -25,17 +27,23 @@ _REGEX_ONLY = re.compile(r"\{(?!\d*,?\d*\})|\[:")
 
 
 class Budget:
-    """Seconds that all patterns of one artifact may take together."""
+    """Seconds that all patterns of one artifact may take together; what happens between them doesn't count."""
 
     def __init__(self, seconds: float = DEFAULT_SECONDS) -> None:
-        self._until = time.monotonic() + seconds
+        self._left = seconds
 
-    def left(self, field: str) -> float:
-        """Seconds left; raises InvalidArtifact naming `field` when there are none."""
-        left = self._until - time.monotonic()
-        if left <= 0:
+    @contextmanager
+    def spending(self, field: str) -> Iterator[float]:
+        """Gives the seconds left, and takes off what passes; raises InvalidArtifact naming `field` without any left."""
+        if self._left <= 0:
             raise _too_slow(field)
-        return left
+        start = time.monotonic()
+        try:
+            yield self._left
+        except (TimeoutError, MemoryError):
+            raise _too_slow(field) from None
+        finally:
+            self._left -= time.monotonic() - start
 
 
 class Pattern:
@@ -45,28 +53,24 @@ class Pattern:
         """Compiles `text` inside `template`; raises InvalidArtifact when it is malformed or could take too much."""
         self._field = field
         self._budget = budget
-        budget.left(field)
         _screen(text, field)
         whole = template.format(text)
         try:
-            re.compile(whole)
-            self._compiled = regex.compile(whole)
+            with budget.spending(field):
+                re.compile(whole)
+                self._compiled = regex.compile(whole)
         except (re.error, regex.error, RecursionError, OverflowError):
             raise InvalidArtifact(field, f"{text!r} is not a regular expression") from None
 
     def fullmatch(self, name: str) -> bool:
         """Whether the pattern matches all of `name`; raises InvalidArtifact when the budget is spent."""
-        try:
-            return bool(self._compiled.fullmatch(name, timeout=self._budget.left(self._field)))
-        except (TimeoutError, MemoryError):
-            raise _too_slow(self._field) from None
+        with self._budget.spending(self._field) as seconds:
+            return bool(self._compiled.fullmatch(name, timeout=seconds))
 
     def group_at_start(self, name: str, group: str) -> str | None:
         """What `group` holds when the pattern matches at the start of `name`; raises InvalidArtifact as above."""
-        try:
-            match = self._compiled.match(name, timeout=self._budget.left(self._field))
-        except (TimeoutError, MemoryError):
-            raise _too_slow(self._field) from None
+        with self._budget.spending(self._field) as seconds:
+            match = self._compiled.match(name, timeout=seconds)
         return match[group] if match else None
 
 

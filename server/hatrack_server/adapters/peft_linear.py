@@ -4,15 +4,16 @@ that it asks for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hatrack.manifest import WEIGHTS_FILE
 from hatrack_server.adapters.peft_targets import config_field
+from hatrack_server.adapters.rank_class import rank_class
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, LinearShape, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,6 @@ HARMLESS_KEYS = frozenset({
 })  # fmt: skip
 # Which modules are adapted, in every method's configuration.
 TARGET_KEYS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
-# Any other key, known or of a newer PEFT, must be off.
-OFF_VALUES: tuple[object, ...] = (None, False, [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +38,24 @@ class Adapted:
     module: str  # its full name in the base
     shapes: Mapping[str, tuple[int, ...]]  # by what follows the module in a tensor's name
     rank: int  # of the low-rank piece that serves it
-    resident: int  # numbers in memory
+    resident: int  # 16-bit numbers in memory
+
+
+def low_rank_size(rank: int, linear: LinearShape) -> int:
+    """Numbers in memory of a low-rank piece."""
+    return rank_class(rank) * (linear.in_features + linear.out_features) if rank else 0
 
 
 def refuse_unknown(config: Mapping[str, Any], read: Iterable[str], harmless: Iterable[str] = ()) -> None:
     """Raises InvalidArtifact naming the first key that is on and neither `read` nor `harmless` to the output."""
     for key in config.keys() - TARGET_KEYS - HARMLESS_KEYS - set(read) - set(harmless):
-        if config[key] not in OFF_VALUES:
+        if is_on(config[key]):
             raise InvalidArtifact(config_field(key), f"{key} is not supported")
+
+
+def is_on(value: Any) -> bool:
+    """Whether a key that no method here knows asks for something; 0 may, e.g. for one that begins at layer 0."""
+    return not (value is None or value is False or value == [])
 
 
 def flag(config: Mapping[str, Any], key: str) -> bool:
@@ -81,7 +90,7 @@ def spec_of(
     method: str,
     adapted: list[Adapted],
     headers: Mapping[str, TensorHeader],
-    linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
     shared: Mapping[str, tuple[int, ...]] | None = None,
@@ -91,7 +100,7 @@ def spec_of(
     Raises InvalidArtifact naming what is missing, unexpected or of another shape, or the rank above `max_rank`.
     """
     expected = {f"{PREFIX}{one.module}.{name}": shape for one in adapted for name, shape in one.shapes.items()}
-    _check_tensors(expected | dict(shared or {}), headers, linears)
+    check_tensors(expected | dict(shared or {}), headers, base)
     highest = max(adapted, key=lambda one: one.rank)
     if highest.rank > max_rank:
         message = f"{highest.module} has rank {highest.rank} when it is served; at most {max_rank} is"
@@ -125,12 +134,13 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor if tensor.itemsize > 4 else tensor.float()
 
 
-def _check_tensors(
-    expected: Mapping[str, tuple[int, ...]], headers: Mapping[str, TensorHeader], linears: Mapping[str, LinearShape]
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], headers: Mapping[str, TensorHeader], base: BaseShapes
 ) -> None:
+    """Raises InvalidArtifact naming a tensor that is missing, unexpected or of another shape."""
     for key in headers:
         if key not in expected:
-            raise InvalidArtifact(f"{WEIGHTS_FILE}: {key}", _why_unexpected(key, linears))
+            raise InvalidArtifact(f"{WEIGHTS_FILE}: {key}", _why_unexpected(key, base.linears))
     if not expected:
         raise InvalidArtifact(config_field("target_modules"), "selects no module that can be adapted on this base")
     for key, shape in expected.items():
@@ -142,7 +152,7 @@ def _check_tensors(
             )
 
 
-def _why_unexpected(key: str, linears: Mapping[str, LinearShape]) -> str:
+def _why_unexpected(key: str, linears: Collection[str]) -> str:
     name = key.removeprefix(PREFIX)
     module = next((name[:end] for end in _dots(name) if name[:end] in linears), None)
     if key.endswith(".base_layer.weight"):  # PEFT adds the embeddings by default when the head is adapted

@@ -1,6 +1,7 @@
 """The canonical pieces that every PEFT method compiles into; the engine knows nothing else of methods.
 
-A piece acts at one linear layer of the base, on the tokens of those rows of a batch whose program holds it.
+A piece acts at one module of the base, on the tokens of those rows of a batch whose program holds it: at a linear
+layer, at the embedding, or at an attention layer.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from hatrack_server.adapters.rank_class import rank_class
 from hatrack_server.kernels.kronecker import add_kronecker
 from hatrack_server.kernels.low_rank import add_low_rank
-from hatrack_server.kernels.rowwise import add_vector, multiply_vector
+from hatrack_server.kernels.prefix_attention import add_prefix_attention
+from hatrack_server.kernels.rowwise import add_vector, multiply_vector, replace_first
 from hatrack_server.kernels.runs import Run
 
 
 class Stage(enum.IntEnum):
-    """When a piece acts, where a program has several at one layer."""
+    """When a piece acts, where a program has several at one module."""
 
     INPUT = 0  # on x, before the base's product
     SUM = 1  # what is added to the base's output y
@@ -43,8 +46,9 @@ class Piece(Protocol):
 
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
-        """Changes values[T, …] in place, given the layer's input x[T, in]: `values` is a copy of x at Stage.INPUT,
-        else the layer's output.
+        """Changes values[T, …] in place: the module's output, or at Stage.INPUT a copy of its input.
+
+        x[T, …] is what the module got: a linear layer its input, the embedding token ids, attention its queries.
         """
 
 
@@ -70,8 +74,8 @@ class LowRank:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks are padded to the next power of two."""
-        rank = 1 << (self.rank - 1).bit_length()
+        """The rank is padded to its class."""
+        rank = rank_class(self.rank)
         return (rank, self.a.shape[1]), (rank, self.b.shape[1])
 
     @staticmethod
@@ -160,5 +164,85 @@ class OutputShift(_Vector):
         add_vector(values, stacks[0], runs)
 
 
+@dataclass(frozen=True, slots=True)
+class SoftPrompt:
+    """Embeddings in place of those of a sequence's first tokens."""
+
+    stage: ClassVar[Stage] = Stage.SUM
+    dtype: ClassVar[torch.dtype | None] = None
+
+    rows: Tensor  # [n, width]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The rows."""
+        return (self.rows,)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Its own."""
+        return (tuple(self.rows.shape),)
+
+    @staticmethod
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:  # noqa: ARG004
+        """See Piece."""
+        replace_first(values, stacks[0], runs)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValuePrefix:
+    """Keys and values at the first positions of one attention layer's cache: the engine puts them there.
+
+    They act through the cache alone, so a forward pass has nothing to do for them.
+    """
+
+    stage: ClassVar[Stage] = Stage.SUM
+    dtype: ClassVar[torch.dtype | None] = None
+
+    keys: Tensor  # [n, kv_heads, key dim]
+    values: Tensor  # [n, kv_heads, value dim]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys, values."""
+        return self.keys, self.values
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Their own."""
+        return tuple(self.keys.shape), tuple(self.values.shape)
+
+    @staticmethod
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """Does nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatedPrefix:
+    """What one attention layer gives, plus gate * softmax(q kᵀ / √d) v over keys that no position has."""
+
+    stage: ClassVar[Stage] = Stage.SUM
+    dtype: ClassVar[torch.dtype | None] = None
+
+    keys: Tensor  # [n, kv_heads, head_dim]
+    values: Tensor  # [n, kv_heads, head_dim], the gate folded in
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys, values."""
+        return self.keys, self.values
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Their own: a padded key would take weight from the others."""
+        return tuple(self.keys.shape), tuple(self.values.shape)
+
+    @staticmethod
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        keys, gated_values = stacks
+        add_prefix_attention(values, x, keys, gated_values, runs)
+
+
 Pieces = tuple[tuple[str, Piece], ...]
-"""What a method compiles an artifact into: pieces and the layers where they act, at most one of a kind at each."""
+"""What a method compiles an artifact into: pieces and the modules where they act, at most one of a kind at each."""

@@ -1,4 +1,4 @@
-"""Where the pieces of resident programs lie: stacks kept per (layer, kind of piece, shapes), which a batch reads in
+"""Where the pieces of resident programs lie: stacks kept per (module, kind of piece, shapes), which a batch reads in
 place.
 """
 
@@ -28,15 +28,15 @@ Places = tuple[Place, ...]
 
 
 class Pool:
-    """Rows of one layer's pieces of one kind and equal shapes.
+    """Rows of one module's pieces of one kind and equal shapes.
 
     One thread changes it. Another may read `stacks` meanwhile: growing and trimming put new ones in place of the old,
     and the rows in use are alike in both.
     """
 
-    def __init__(self, layer: str, like: Piece, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, module: str, like: Piece, dtype: torch.dtype, device: torch.device) -> None:
         """For pieces of the kind and shapes of `like`."""
-        self.layer = layer
+        self.module = module
         self.kind = type(like)
         self.stacks = tuple(torch.empty(0, *shape, dtype=dtype, device=device) for shape in like.shapes)
         self.row_bytes = sum(map(math.prod, like.shapes)) * dtype.itemsize
@@ -128,7 +128,7 @@ class Pools:
     def place(self, pieces: Pieces) -> Places:
         """Copies the pieces into free rows, growing the pools that have none."""
         self._grow([pool for pool in self._of_all(pieces) if pool.full])
-        return tuple(self._place(layer, piece) for layer, piece in pieces)
+        return tuple(self._place(module, piece) for module, piece in pieces)
 
     def copy_lower(self, places: Places) -> Places:
         """The same pieces in lower rows, wherever one is free; the given places stay taken."""
@@ -144,16 +144,16 @@ class Pools:
         return sum(pool.trim() for pool in self._pools.values()) > 0  # every one, not up to the first
 
     def _of_all(self, pieces: Pieces) -> Iterator[Pool]:
-        return (self._of(layer, piece) for layer, piece in pieces)
+        return (self._of(module, piece) for module, piece in pieces)
 
-    def _of(self, layer: str, piece: Piece) -> Pool:
-        key = (layer, type(piece), piece.shapes)
+    def _of(self, module: str, piece: Piece) -> Pool:
+        key = (module, type(piece), piece.shapes)
         if key not in self._pools:
-            self._pools[key] = Pool(layer, piece, piece.dtype or self._dtype, self._device)
+            self._pools[key] = Pool(module, piece, piece.dtype or self._dtype, self._device)
         return self._pools[key]
 
-    def _place(self, layer: str, piece: Piece) -> Place:
-        pool = self._of(layer, piece)
+    def _place(self, module: str, piece: Piece) -> Place:
+        pool = self._of(module, piece)
         place = Place(pool, pool.take())
         pool.write(place.row, piece.tensors)
         return place

@@ -27,6 +27,7 @@ class Slot:
 
     number: int  # in the order of loading: neighbours in number tend to be neighbours in the pools
     places: Places
+    soft_tokens: int = 0  # see Artifact
     pins: int = 0
     doomed: bool = False  # not to be pinned again, and evicted at the last release
 
@@ -157,7 +158,7 @@ class ProgramSlots:
         try:
             pieces = self._compile(artifact)
             self._make_room(artifact.digest, pieces)
-            self._settle(artifact.digest, self._pools.place(pieces))
+            self._settle(artifact, self._pools.place(pieces))
         except HatrackError as error:
             return f"its adapter can't be loaded: {error.message}"
         except _Abandoned:
@@ -167,10 +168,10 @@ class ProgramSlots:
             return "its adapter can't be loaded"
         return None
 
-    def _settle(self, digest: str, places: Places) -> None:
+    def _settle(self, artifact: Artifact, places: Places) -> None:
         with self._changed:
-            if digest in self._wanted:
-                self._resident[digest] = Slot(self._loaded, places)
+            if artifact.digest in self._wanted:
+                self._resident[artifact.digest] = Slot(self._loaded, places, artifact.soft_tokens)
                 self._loaded += 1
                 return
         self._pools.free(places)
@@ -219,7 +220,7 @@ class ProgramSlots:
             if old is None or old.pins:
                 return
             old.pins += 1  # ours: it can't be evicted under the copy
-        new = Slot(old.number, self._pools.copy_lower(old.places))
+        new = Slot(old.number, self._pools.copy_lower(old.places), old.soft_tokens)
         with self._changed:
             moved = old.pins == 1 and not old.doomed
             if moved:

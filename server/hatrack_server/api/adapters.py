@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -67,13 +68,20 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
     async def _admit(self, upload: Upload, base: BaseInfo) -> pb.Adapter:
         artifact = await in_pool(self._uploading, upload.finish)
         checked = await in_pool(self._uploading, gate.check, artifact, base, max_rank=self._max_rank)
-        await self._try_out(artifact, base)
-        record = await in_pool(self._uploading, self._catalog.commit, upload, checked, base.identity)
+        spec = checked.spec
+        artifact = replace(artifact, soft_tokens=spec.soft_tokens, prefix_tokens=spec.prefix_tokens)
+        try:
+            await self._try_out(artifact, base)
+            record = await in_pool(self._uploading, self._catalog.commit, upload, checked, base.identity)
+        except BaseException:
+            self._engine.forget(artifact.digest)  # if another version has this content, it is loaded again
+            raise
         return adapter_message(record, base.identity)
 
     async def _try_out(self, artifact: Artifact, base: BaseInfo) -> None:
         """One token, generated like any other request's; raises InvalidArtifact when the adapter can't."""
-        prompt = self._codec.encode(CANARY_TEXT)[: base.max_model_len - CANARY_SAMPLING.max_tokens]
+        left = base.max_model_len - artifact.virtual_tokens - CANARY_SAMPLING.max_tokens
+        prompt = self._codec.encode(CANARY_TEXT)[:left]
         deltas = self._engine.generate(
             tenant=tenant(),
             salt=await in_thread(self._catalog.salt, tenant()),
@@ -87,7 +95,6 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
                 async for _ in deltas:
                     pass
         except GenerationFailed as error:
-            self._engine.forget(artifact.digest)
             raise InvalidArtifact(WEIGHTS_FILE, f"a trial generation failed: {error.message}") from None
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:  # noqa: N802, ARG002

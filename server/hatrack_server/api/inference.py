@@ -73,7 +73,8 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         async with self._lease(request.adapter, base) as lease:
             count_tokens = None if lease is None else self._metrics.token_count(tenant(), lease.name)
             prompt = await self._prompt(request, base)
-            sampling = fit(sampling, request, len(prompt), base)
+            virtual_tokens = lease.artifact.virtual_tokens if lease else 0
+            sampling = fit(sampling, request, len(prompt), virtual_tokens, base)
             if deadline is not None and time.monotonic() >= deadline:
                 raise DeadlinePassed("the deadline passed before the request was started")
             detokenizer = self._codec.detokenizer(prompt)

@@ -7,6 +7,9 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import replace
 
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 from hatrack.v1 import inference_pb2 as pb
 from hatrack_server.errors import InvalidRequest
 from hatrack_server.text.codec import ChatMessage, TextCodec
@@ -24,7 +27,8 @@ UNSUPPORTED = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def check_supported(request: pb.GenerateRequest) -> None:
-    """Raises InvalidRequest for a field that this server does not support yet."""
+    """Raises InvalidRequest for a field that this server does not support yet, or does not know at all."""
+    _refuse_unknown_fields(request, "")
     constraint = request.WhichOneof("constraint")
     if constraint is not None:
         raise InvalidRequest(constraint, f"{constraint} is not supported yet")
@@ -37,6 +41,18 @@ def check_supported(request: pb.GenerateRequest) -> None:
         raise InvalidRequest("sampling.n", f"n must be 1: more is not supported yet (got {request.sampling.n})")
     if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
         raise InvalidRequest("request_id", f"request_id has more than {MAX_REQUEST_ID_CHARACTERS} characters")
+
+
+def _refuse_unknown_fields(message: Message, path: str) -> None:
+    """A newer client's field may change what is asked for: ignored, it would be answered wrongly."""
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        number = unknown[0].field_number
+        raise InvalidRequest(f"{path}{number}", f"field number {number} is not known to this server")
+    for field, value in message.ListFields():
+        for part in value if field.is_repeated else (value,):
+            if isinstance(part, Message):
+                _refuse_unknown_fields(part, f"{path}{field.name}.")
 
 
 def read_sampling(params: pb.SamplingParams, base: BaseInfo) -> Sampling:
@@ -101,13 +117,15 @@ def input_field(request: pb.GenerateRequest) -> str:
     return {"chat": "chat.messages", "token_ids": "token_ids.ids"}.get(which or "", which or "input")
 
 
-def fit(sampling: Sampling, request: pb.GenerateRequest, prompt_tokens: int, base: BaseInfo) -> Sampling:
-    """The sampling with a max_tokens that the context has room for.
+def fit(
+    sampling: Sampling, request: pb.GenerateRequest, prompt_tokens: int, virtual_tokens: int, base: BaseInfo
+) -> Sampling:
+    """The sampling with a max_tokens that the context has room for, behind what the adapter's virtual tokens take.
 
     Raises InvalidRequest for a prompt without room behind it, for a max_tokens that was given and doesn't fit, and
     for a min_tokens above max_tokens.
     """
-    limit = min(base.max_model_len, base.kv_tokens)
+    limit = min(base.max_model_len, base.kv_tokens) - virtual_tokens
     left = limit - prompt_tokens
     if prompt_tokens < 1:
         raise InvalidRequest(input_field(request), "the input is empty")

@@ -49,4 +49,5 @@ async def entered(
     try:
         yield await in_thread(enter)
     finally:
-        await in_thread(held.close)
+        # Not dropped by a cancel, even before it has begun: what was entered would be held for ever.
+        await asyncio.shield(asyncio.wrap_future(_SHORT_CALLS.submit(held.close)))

@@ -37,6 +37,11 @@ ALTER TABLE versions DROP COLUMN warnings;
 ALTER TABLE versions ADD COLUMN trained_on TEXT
 """
 
+THIRD_SCHEMA = """
+ALTER TABLE versions ADD COLUMN soft_tokens INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE versions ADD COLUMN prefix_tokens INTEGER NOT NULL DEFAULT 0
+"""
+
 
 class Catalog:
     """Thread-safe, for one process: calls read and write the disk, so an event loop makes them in a thread.
@@ -58,7 +63,7 @@ class Catalog:
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, _lock_directory(data_dir))
             first = resources.files(__package__).joinpath("schema.sql").read_text()
-            self._database = Database(data_dir / "catalog.sqlite3", (first, SECOND_SCHEMA))
+            self._database = Database(data_dir / "catalog.sqlite3", (first, SECOND_SCHEMA, THIRD_SCHEMA))
             undo.callback(self._database.close)
             try:
                 self._store = Store(data_dir)
@@ -177,11 +182,12 @@ class Catalog:
         """
         with self._database.reading() as sql:
             adapter, version, digest = _resolve(sql, tenant, reference)
+            soft_tokens, prefix_tokens = rows.virtual_tokens(sql, adapter.id, version)
             if rows.checked_against(sql, adapter.id, version) != (base.weights, base.quantization):
                 raise FailedPrecondition(f"{adapter.name}@{version} was checked against another base: upload it again")
             held = Held(adapter.id, version, digest)
             self._references.take(held)
-        artifact = Artifact(digest, self._store.path(digest))
+        artifact = Artifact(digest, self._store.path(digest), soft_tokens, prefix_tokens)
         return Lease(adapter.name, version, artifact, lambda: self._release(held))
 
     def _release(self, held: Held) -> None:

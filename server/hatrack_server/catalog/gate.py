@@ -43,7 +43,11 @@ def check(artifact: Artifact, base: BaseInfo, *, max_rank: int) -> Checked:
     """
     config = _read_json(artifact.path, CONFIG_FILE)
     headers = read_header(_existing(artifact.path, WEIGHTS_FILE))
-    spec = methods.describe(config, headers, base.linears, max_rank=max_rank)
+    spec = methods.describe(config, headers, base.shapes, max_rank=max_rank)
+    virtual_tokens = spec.soft_tokens + spec.prefix_tokens
+    if virtual_tokens > base.max_model_len - 2:  # a prompt and a completion have at least one token each
+        message = f"{virtual_tokens} leave no room for text in the context of {base.max_model_len} tokens"
+        raise InvalidArtifact(f"{CONFIG_FILE}: num_virtual_tokens", message)
     tensor = first_non_finite(artifact.path / WEIGHTS_FILE, headers)
     if tensor is not None:
         raise InvalidArtifact(f"{WEIGHTS_FILE}: {tensor}", "holds NaN or infinity")

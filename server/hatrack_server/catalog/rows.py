@@ -101,12 +101,13 @@ def put_version(
     """Adds a ready version, or renews what the gate found in the one that is there."""
     spec = checked.spec
     sql.execute(
-        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (adapter_id, version) DO UPDATE SET trained_on = excluded.trained_on,"
         " base_weights = excluded.base_weights, base_quantization = excluded.base_quantization",
         (adapter_id, version, digest, READY, spec.method, spec.rank, spec.parameters, size_bytes, base.weights,
          base.quantization, datetime.now(UTC).isoformat(),
-         checked.trained_on and json.dumps(dataclasses.asdict(checked.trained_on))),
+         checked.trained_on and json.dumps(dataclasses.asdict(checked.trained_on)), spec.soft_tokens,
+         spec.prefix_tokens),
     )  # fmt: skip
 
 
@@ -121,6 +122,13 @@ def checked_against(sql: sqlite3.Connection, adapter_id: int, version: int) -> t
     query = "SELECT base_weights, base_quantization FROM versions WHERE adapter_id = ? AND version = ?"
     weights, quantization = sql.execute(query, (adapter_id, version)).fetchone()
     return weights, quantization
+
+
+def virtual_tokens(sql: sqlite3.Connection, adapter_id: int, version: int) -> tuple[int, int]:
+    """A version's soft_tokens and prefix_tokens (see Artifact)."""
+    query = "SELECT soft_tokens, prefix_tokens FROM versions WHERE adapter_id = ? AND version = ?"
+    soft, prefix = sql.execute(query, (adapter_id, version)).fetchone()
+    return soft, prefix
 
 
 def mark_deleting(sql: sqlite3.Connection, adapter_id: int, version: int) -> None:

@@ -213,6 +213,7 @@ class EngineClient:
             self._worker = None
             for stream in self._streams.values():
                 stream.break_off()
+            self._streams.clear()  # what their readers still have to read is no work of the next worker
             await asyncio.to_thread(worker.stop)
 
     async def _next_word(self, worker: _WorkerProcess, messages: asyncio.Queue[ToFront | None]) -> ToFront | None:

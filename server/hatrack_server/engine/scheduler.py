@@ -27,10 +27,15 @@ class Slots(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The next `count` tokens of a sequence; it samples when they are its last ones."""
+    """The next `count` tokens of a sequence; it samples when they are its last ones.
+
+    The `ready` tokens before them are not computed: their keys and values, which its adapter brings, are to be put into
+    its blocks first.
+    """
 
     sequence: Sequence
     count: int
+    ready: int = 0
 
     @property
     def samples(self) -> bool:
@@ -102,7 +107,7 @@ class Scheduler:
         """Records that the work's tokens are computed, so that their blocks can be shared."""
         for w in work:
             w.sequence.computed += w.count
-            self.blocks.publish(w.sequence, w.count)
+            self.blocks.publish(w.sequence, w.ready + w.count)
 
     def check(self) -> None:
         """Asserts the invariants; for tests, and for an idle engine."""
@@ -147,13 +152,15 @@ class Scheduler:
             self.blocks.admit(sequence)
             if sequence.admitted is None:
                 sequence.admitted = now
-                sequence.cached_tokens = sequence.computed
+                sequence.cached_tokens = max(0, sequence.computed - sequence.virtual_tokens)
+            ready = max(0, sequence.prefix_tokens - sequence.computed)
+            sequence.computed += ready
             count = min(sequence.remaining, budget)
             # All of the prompt's blocks now: what was promised at admission can't be given to another in between.
             self.blocks.grow(sequence, len(sequence.tokens))
             self.running.append(sequence)
             budget -= count
-            yield Work(sequence, count)
+            yield Work(sequence, count, ready)
 
     def _next_admissible(self) -> Sequence | None:
         """The first, tenant by tenant, whose adapter is resident; it is pinned. None if that one's blocks don't fit.

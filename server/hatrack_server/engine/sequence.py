@@ -9,7 +9,11 @@ from hatrack_server.types import Generation
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` grow; the keys and values of the first `computed` of them lie in `blocks`."""
+    """`tokens` grow; the keys and values of the first `computed` of them lie in `blocks`.
+
+    An adapter's virtual tokens come first, as zeros: the digest is in every block's key, so they can't be taken for
+    others.
+    """
 
     generation: Generation
     arrival: float  # time.monotonic() seconds
@@ -21,7 +25,7 @@ class Sequence:
     admitted: float | None = None
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.generation.prompt)
+        self.tokens = [0] * self.virtual_tokens + list(self.generation.prompt)
 
     @property
     def id(self) -> int:
@@ -34,6 +38,16 @@ class Sequence:
         return self.generation.artifact.digest if self.generation.artifact else None
 
     @property
+    def virtual_tokens(self) -> int:
+        """See Artifact."""
+        return self.generation.artifact.virtual_tokens if self.generation.artifact else 0
+
+    @property
+    def prefix_tokens(self) -> int:
+        """See Artifact."""
+        return self.generation.artifact.prefix_tokens if self.generation.artifact else 0
+
+    @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill."""
         return len(self.tokens) - self.computed
@@ -41,4 +55,4 @@ class Sequence:
     @property
     def generated(self) -> int:
         """Tokens sampled so far."""
-        return len(self.tokens) - len(self.generation.prompt)
+        return len(self.tokens) - self.virtual_tokens - len(self.generation.prompt)

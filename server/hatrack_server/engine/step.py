@@ -6,8 +6,10 @@ import logging
 import time
 
 import torch
+from torch import Tensor
 
 from hatrack_server.adapters.apply import BatchEffects
+from hatrack_server.adapters.pieces import KeyValuePrefix
 from hatrack_server.adapters.slots import ProgramSlots
 from hatrack_server.engine.blocks import KVBlocks
 from hatrack_server.engine.messages import DEADLINE_ERROR
@@ -101,8 +103,8 @@ class Engine:
     def _run_isolated(self, work: list[Work]) -> dict[Sequence, Drawn | None]:
         """What `_run` gives; when the batch fails, its rows are tried one by one, and those that fail again left out.
 
-        Running a row again writes the same keys and values to the same places. Raises RuntimeError when several rows
-        fail, and every one: then the device is lost, and a new process must take over.
+        Running a row again writes the same keys and values to the same places. Raises RuntimeError when every row fails
+        and there are several, or the device is lost: then a new process must take over.
         """
         try:
             return self._run(work)
@@ -114,14 +116,21 @@ class Engine:
                 drawn |= self._run([w])
             except Exception:
                 logger.exception("generation %d of artifact %s failed", w.sequence.id, w.sequence.digest)
-        if not drawn and len(work) > 1:
-            raise RuntimeError("no row of a batch can be computed")
+        if not drawn:
+            self.model.check_device()
+            if len(work) > 1:
+                raise RuntimeError("no row of a batch can be computed")
         return drawn
 
     def _run(self, work: list[Work]) -> dict[Sequence, Drawn | None]:
         """Computes the work; each sequence's drawn token, None where it samples none or its logits are not finite."""
-        rows = [(self.slots[w.sequence.digest] if w.sequence.digest else None, w.count) for w in work]
-        self._last_adapters = len({slot.number for slot, _ in rows if slot})
+        for w in work:
+            if w.ready:
+                self._put_prefix(w)
+        rows = [
+            (self.slots[w.sequence.digest] if w.sequence.digest else None, w.count, w.sequence.computed) for w in work
+        ]
+        self._last_adapters = len({slot.number for slot, *_ in rows if slot})
         logits = self.model.forward(self._batch(work), self._effects.build(rows))
         drawn: dict[Sequence, Drawn | None] = dict.fromkeys(w.sequence for w in work)
         sampling = [row for row, w in enumerate(work) if w.samples]
@@ -130,19 +139,33 @@ class Engine:
             drawn.update(zip(sequences, sample(logits[sampling], list(map(self._draw, sequences))), strict=True))
         return drawn
 
+    def _put_prefix(self, work: Work) -> None:
+        """Puts the keys and values that an adapter brings into the sequence's own blocks."""
+        sequence = work.sequence
+        assert sequence.digest is not None
+        ready = slice(sequence.computed - work.ready, sequence.computed)
+        slots = self._kv_slots(sequence, ready.stop)[ready]
+        for place in self.slots[sequence.digest].places:
+            if place.pool.kind is KeyValuePrefix:
+                keys, values = (stack[place.row, ready] for stack in place.pool.stacks)
+                self.model.write_kv(place.pool.module, slots, keys, values)
+
     def _slot_number(self, work: Work) -> int:
         """Rows of one adapter side by side, and adapters in the order in which they lie in the pools."""
         return self.slots[work.sequence.digest].number if work.sequence.digest else -1
 
     def _batch(self, work: list[Work]) -> Batch:
-        size = self.blocks.block_size
-        offsets = torch.arange(size)
         chunks = []
         for w in work:
             sequence, end = w.sequence, w.sequence.computed + w.count
-            slots = (torch.tensor(sequence.blocks)[:, None] * size + offsets).view(-1)[:end]
-            chunks.append(Chunk(sequence.tokens[sequence.computed : end], sequence.computed, slots))
+            tokens = sequence.tokens[sequence.computed : end]
+            chunks.append(Chunk(tokens, sequence.computed, self._kv_slots(sequence, end)))
         return build_batch(chunks, self.model.device)
+
+    def _kv_slots(self, sequence: Sequence, end: int) -> Tensor:
+        """Where the keys and values of the sequence's first `end` tokens lie: int64 [end]."""
+        size = self.blocks.block_size
+        return (torch.tensor(sequence.blocks)[:, None] * size + torch.arange(size)).view(-1)[:end]
 
     def _draw(self, sequence: Sequence) -> Draw:
         return Draw(sequence.generation.sampling, len(sequence.tokens), sequence.generated, self.model.eos_token_ids)

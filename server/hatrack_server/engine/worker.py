@@ -86,7 +86,7 @@ def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:
     return BaseInfo(
         identity=identify(config.model, config.quantization),
         architecture=model.architecture,
-        linears=model.layers.shapes,
+        shapes=model.layers.shapes,
         vocab_size=model.config.vocab_size,
         max_model_len=config.max_model_len or longest,
         kv_tokens=kv_tokens,

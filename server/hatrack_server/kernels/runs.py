@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,13 +12,16 @@ from torch import Tensor
 class Run:
     """Adjacent tokens whose adapters lie in consecutive rows of a pool, each with the same number of tokens.
 
-    Tokens start … start + count·length - 1 belong to pool rows row … row + count - 1, `length` tokens to each.
+    Tokens start … start + count·length - 1 belong to pool rows row … row + count - 1, `length` tokens to each. Each of
+    them starts at `position` of its sequence, as far as an adapter cares: what lies behind its virtual tokens is one
+    position to it.
     """
 
     start: int
     length: int
     row: int
     count: int = 1
+    position: int = 0
 
     @property
     def stop(self) -> int:
@@ -40,8 +43,9 @@ def merge_runs(segments: Iterable[Run]) -> list[Run]:
     merged: list[Run] = []
     for run in segments:
         last = merged[-1] if merged else None
-        if last and last.stop == run.start and last.length == run.length and last.row + last.count == run.row:
-            merged[-1] = Run(last.start, last.length, last.row, last.count + run.count)
+        alike = last and (last.length, last.position) == (run.length, run.position)
+        if last and alike and (last.stop, last.row + last.count) == (run.start, run.row):
+            merged[-1] = replace(last, count=last.count + run.count)
         else:
             merged.append(run)
     return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from transformers import AttentionInterface
 
 from hatrack_server.kernels.paged_attention import paged_decode, paged_prefill
 from hatrack_server.model.batch import Batch
+from hatrack_server.model.wrap import Effect
 
 PAGED = "hatrack_paged"
+NAME = "hatrack_name"  # an attribute of attention modules: their own names
 
 
 class PagedKV:
@@ -59,11 +62,12 @@ def paged_attention(
     *,
     hatrack: Batch,
     hatrack_kv: PagedKV,
+    hatrack_effects: Mapping[str, Effect],
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D] to ([1, T, H, D], None).
 
-    `hatrack` and `hatrack_kv` are the keywords that `PagedModel.forward` passes down through the modelling code.
+    The keywords that begin with `hatrack` are those that `PagedModel.forward` passes down through the modelling code.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     k_pool, v_pool = hatrack_kv.keys[layer], hatrack_kv.values[layer]
@@ -80,6 +84,9 @@ def paged_attention(
     for p in hatrack.prefills:
         chunk, keys = slice(p.start, p.stop), p.keys(sliding_window)
         out[chunk] = paged_prefill(q[chunk], k_pool, v_pool, keys.slots, keys.mask, **options)
+    effect = hatrack_effects.get(module.__dict__.get(NAME, ""))
+    if effect is not None:
+        effect.output(out, q)
     return out[None], None
 
 

@@ -7,16 +7,18 @@ from contextlib import contextmanager
 
 import torch
 from bitsandbytes.nn import Params4bit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from hatrack_server.config import EngineConfig
 from hatrack_server.errors import StartupError
-from hatrack_server.model.attention import PAGED, PagedKV, StepCache
+from hatrack_server.model.attention import NAME, PAGED, PagedKV, StepCache
 from hatrack_server.model.batch import Batch
+from hatrack_server.model.layers import FrozenLayers, squared_norms
 from hatrack_server.model.load import load_base, read_config
 from hatrack_server.model.probe import probe, refuse_unservable
-from hatrack_server.model.wrap import Effect, Effects, wrap_linears
+from hatrack_server.model.wrap import Effect, Effects, attention_modules, hook_embedding, wrap_linears
+from hatrack_server.types import AttentionShape, BaseShapes, LinearShape
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -24,8 +26,7 @@ DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 class PagedModel:
     """A causal LM that computes ragged batches over a paged KV pool.
 
-    layers: the linear ones, which adapters may target. head: the one of them, if any, that sees each chunk's
-    last token only.
+    layers: where adapters may act. head: the linear one, if any, that sees each chunk's last token only.
     kv_slots: tokens that the pool holds, its zero block included.
     """
 
@@ -47,9 +48,12 @@ class PagedModel:
         head = self._model.get_output_embeddings()
         self.head = next((name for name, module in self._model.named_modules() if module is head), None)
         self._effects = Effects()
-        self.layers = wrap_linears(self._model, self._effects, packed=config.packed)
+        linears = wrap_linears(self._model, self._effects, packed=config.packed)
+        norms = squared_norms(linears)
         progress("allocating the KV cache", 0.6)
         shapes = self._kv_shapes()
+        self.layers = FrozenLayers(self._adaptable(linears, shapes), linears, norms)
+        self._attention_layers = {shape.name: i for i, shape in enumerate(self.layers.shapes.attention)}
         self._bytes_per_token = sum(heads * (k + v) for heads, k, v in shapes) * self.dtype.itemsize
         blocks = int(config.kv_cache_gb * 1e9 / (self._bytes_per_token * config.block_size))
         if blocks < 2:
@@ -83,6 +87,12 @@ class PagedModel:
                 return frozenset([ids] if isinstance(ids, int) else ids)
         return frozenset()
 
+    def write_kv(self, attention: str, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Puts ready keys and values [n, kv_heads, dim] of one attention layer at slots[n] of the pool."""
+        layer = self._attention_layers[attention]
+        self._kv.keys[layer][slots] = keys.to(self.dtype)
+        self._kv.values[layer][slots] = values.to(self.dtype)
+
     def memory(self) -> dict[str, int]:
         """Bytes by what they are for."""
         tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}.values()
@@ -96,7 +106,7 @@ class PagedModel:
     @torch.inference_mode()
     def forward(self, batch: Batch, effects: Mapping[str, Effect] | None = None) -> Tensor:
         """One pass over the batch's tokens: logits [chunks, vocab] of each chunk's last token. Writes the KV pool."""
-        self._effects.by_layer = effects or {}
+        self._effects.by_module = effects or {}
         try:
             out = self._model(
                 input_ids=batch.token_ids[None],
@@ -106,9 +116,10 @@ class PagedModel:
                 logits_to_keep=batch.last_tokens,
                 hatrack=batch,
                 hatrack_kv=self._kv,
+                hatrack_effects=self._effects.by_module,
             )
         finally:
-            self._effects.by_layer = {}
+            self._effects.by_module = {}
         return out.logits[0]
 
     @torch.inference_mode()
@@ -130,10 +141,28 @@ class PagedModel:
             for holder, width in zip(holders, widths, strict=True):
                 holder.sliding_window = width
 
+    def check_device(self) -> None:
+        """Raises RuntimeError when the device computes nothing any more."""
+        torch.ones(1, device=self.device).add_(1).item()
+
     def clear_kv(self) -> None:
         """Zeroes the whole pool."""
         for pool in (*self._kv.keys, *self._kv.values):
             pool.zero_()
+
+    def _adaptable(self, linears: Mapping[str, nn.Linear], kv_shapes: list[tuple[int, int, int]]) -> BaseShapes:
+        attention = attention_modules(self._model, len(kv_shapes))
+        for name, module in attention:
+            module.__dict__[NAME] = name  # by which `paged_attention` finds the effect of a step
+        embedding = hook_embedding(self._model, self._effects)
+        return BaseShapes(
+            linears={name: LinearShape(layer.out_features, layer.in_features) for name, layer in linears.items()},
+            embedding=embedding,
+            width=self._model.get_input_embeddings().weight.shape[1],
+            attention=tuple(
+                AttentionShape(name, *shape) for (name, _), shape in zip(attention, kv_shapes, strict=False)
+            ),
+        )
 
     def _kv_shapes(self) -> list[tuple[int, int, int]]:
         """(kv_heads, key dim, value dim) of each layer, as the model really makes them."""

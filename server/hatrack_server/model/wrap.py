@@ -1,33 +1,31 @@
-"""Wraps the base's linear layers so that each row's adapter can act on what they give."""
+"""Lets each row's adapter act on what modules of the base give."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hatrack_server.kernels.nf4_linear import choose_layout, dequantized, nf4_linear
-from hatrack_server.types import LinearShape
+from hatrack_server.kernels.nf4_linear import choose_layout, nf4_linear
 
 
 class Effect(Protocol):
-    """What the adapters of one batch do at one layer."""
+    """What the adapters of one batch do at one module."""
 
     def input(self, x: Tensor) -> Tensor:
-        """What the base's product takes in place of x[T, in]."""
+        """What a linear layer's product takes in place of x[T, in]."""
 
     def output(self, y: Tensor, x: Tensor) -> None:
-        """Changes the layer's output y[T, out], given its input x[T, in], in place."""
+        """Changes the module's output y[T, …] in place, given what it got: x[T, …]."""
 
 
 class Effects:
-    """The effects of the step that runs now, by layer name; shared by all wrapped layers of one model."""
+    """The effects of the step that runs now, by module; shared by all of one model."""
 
     def __init__(self) -> None:
-        self.by_layer: Mapping[str, Effect] = {}
+        self.by_module: Mapping[str, Effect] = {}
 
 
 class AdaptedLinear(nn.Module):
@@ -41,7 +39,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x[1, T, in] to [1, T, out]."""
-        effect = self._effects.by_layer.get(self.name)
+        effect = self._effects.by_module.get(self.name)
         if effect is None:
             return nf4_linear(x, self.base)
         tokens = x.reshape(-1, x.shape[-1])
@@ -55,40 +53,36 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
 
-class LinearLayers:
-    """The base's linear layers as methods see them when they compile an artifact (see adapters.BaseLayers)."""
-
-    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
-        """Reads every weight once, before it may be packed."""
-        self._layers = layers
-        self.shapes = {name: LinearShape(layer.out_features, layer.in_features) for name, layer in layers.items()}
-        self._squared_norms = {name: dequantized(layer).square().sum(1) for name, layer in layers.items()}
-
-    @torch.inference_mode()
-    def project(self, layer: str, rows: Tensor) -> Tensor:
-        """rows[R, in] through the layer's weight alone, without its bias: float32 [R, out]."""
-        linear, bias = self._layers[layer], self.bias(layer)
-        # bitsandbytes turns a layer's bias into the dtype of what comes in: it must be the one that steps bring.
-        dtype = getattr(linear, "compute_dtype", linear.weight.dtype)
-        out = nf4_linear(rows.to(linear.weight.device, dtype), linear).float().cpu()
-        return out if bias is None else out - bias
-
-    def squared_norms(self, layer: str) -> Tensor:
-        """The squared length of each row of the layer's weight: float32 [out]."""
-        return self._squared_norms[layer].cpu()
-
-    def bias(self, layer: str) -> Tensor | None:
-        """The layer's bias, float32 [out], if it has one."""
-        bias = self._layers[layer].bias
-        return None if bias is None else bias.detach().float().cpu()
-
-
-def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> LinearLayers:
-    """Replaces every linear layer in place; returns them all: adapters may target each."""
+def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> dict[str, nn.Linear]:
+    """Replaces every linear layer in place; returns them as they were, by name: adapters may target each."""
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    layers = LinearLayers(linears)
     for name, layer in linears.items():
         choose_layout(layer, packed=packed)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, AdaptedLinear(layer, name, effects))
-    return layers
+    return linears
+
+
+def hook_embedding(model: PreTrainedModel, effects: Effects) -> str:
+    """Lets effects act on the input embedding's output; returns its name."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+
+    def act(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        effect = effects.by_module.get(name)
+        if effect is not None:
+            effect.output(y.view(-1, y.shape[-1]), args[0].view(-1))
+
+    embedding.register_forward_hook(act)
+    return name
+
+
+def attention_modules(model: PreTrainedModel, layers: int) -> list[tuple[str, nn.Module]]:
+    """The attention modules, layer by layer: they know their layer and own linears. None unless that's one each."""
+    found = {
+        module.layer_idx: (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and any(isinstance(child, AdaptedLinear) for child in module.children())
+    }
+    return [found[layer] for layer in range(layers)] if found.keys() == set(range(layers)) else []

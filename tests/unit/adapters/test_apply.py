@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hatrack_server.adapters.apply import BatchEffects
-from hatrack_server.adapters.pieces import InputScale, LowRank, OutputScale, OutputShift
+from hatrack_server.adapters.pieces import InputScale, LowRank, OutputScale, OutputShift, SoftPrompt
 from hatrack_server.adapters.pools import Pools
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.types import LinearShape
@@ -44,8 +44,9 @@ class Programs:
             self.pieces.append(pieces)
             self.slots.append(Slot(number, pools.place(tuple(pieces.items()))))
 
-    def rows(self, rows: Rows) -> list[tuple[Slot | None, int]]:
-        return [(None if n is None else self.slots[n], count) for n, count in rows]
+    def rows(self, rows: Rows) -> list[tuple[Slot | None, int, int]]:
+        """Each at position 7: where, matters to soft prompts alone."""
+        return [(None if n is None else self.slots[n], count, 7) for n, count in rows]
 
     def reference(self, layer: str, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
         """Each row's own product, from its program's pieces."""
@@ -103,15 +104,15 @@ def test_an_equal_batch_reuses_the_effects_and_any_other_builds_them_anew(progra
 def test_a_program_loaded_again_elsewhere_is_another(programs: Programs) -> None:
     effects = BatchEffects()
     old = programs.slots[0]
-    first = effects.build([(old, 1)])
-    assert effects.build([(Slot(old.number, old.places), 1)]) is not first
+    first = effects.build([(old, 1, 0)])
+    assert effects.build([(Slot(old.number, old.places), 1, 0)]) is not first
 
 
 def test_a_callers_list_may_change_afterwards(programs: Programs) -> None:
     effects = BatchEffects()
     rows = programs.rows([(0, 1)])
     first = effects.build(rows)
-    rows.append((programs.slots[1], 1))
+    rows.append((programs.slots[1], 1, 0))
     assert effects.build(rows) is not first
 
 
@@ -119,7 +120,7 @@ def test_a_bad_program_touches_its_own_rows_only(programs: Programs) -> None:
     rows: Rows = [(0, 1), (4, 1), (None, 1), (1, 1)]
     y, x = inputs("q", rows)
     wanted = programs.reference("q", rows, y, x)
-    bad = next(place for place in programs.slots[4].places if place.pool.layer == "q")
+    bad = next(place for place in programs.slots[4].places if place.pool.module == "q")
     bad.pool.stacks[0][bad.row] = math.nan
     BatchEffects().build(programs.rows(rows))["q"].output(y, x)
     assert y[1].isnan().all()
@@ -132,10 +133,32 @@ def test_pieces_act_in_their_order_whatever_the_order_of_a_program() -> None:
     pieces = (OutputShift(shift), OutputScale(scale), LowRank(a[None], b[None]), InputScale(x_scale))
     places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place(tuple(("q", piece) for piece in pieces))
     y, x = inputs("q", [(None, 1), (0, 2)])
-    effect = BatchEffects().build([(None, 1), (Slot(0, places), 2)])["q"]
+    effect = BatchEffects().build([(None, 1, 0), (Slot(0, places), 2, 0)])["q"]
     seen, before = effect.input(x), x.clone()
     assert torch.equal(x, before)
     torch.testing.assert_close(seen, torch.cat([x[:1], x[1:] * x_scale]))
     wanted = torch.cat([y[:1], (y[1:] + (x[1:] @ a)[:, None] * b) * scale + shift])
     effect.output(y, x)
     torch.testing.assert_close(y, wanted)
+
+
+def test_a_soft_prompt_takes_the_first_positions_of_its_sequence_alone() -> None:
+    soft = torch.arange(12.0).view(3, 4)
+    places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place((("q", SoftPrompt(soft)),))
+    slot = Slot(0, places, soft_tokens=3)
+    effects = BatchEffects()
+    # A chunk inside, one across its end, one behind it; another sequence's beginning right after.
+    parts = [(slot, 2, 0), (slot, 3, 1), (None, 1, 0), (slot, 2, 3), (slot, 1, 9), (slot, 4, 0)]
+    y = torch.full((13, 4), -1.0)
+    effects.build(parts)["q"].output(y, torch.zeros(13, dtype=torch.int64))
+    kept = [-1.0] * 4
+    wanted = [*soft[:2].tolist(), *soft[1:].tolist(), kept, kept, kept, kept, kept, *soft.tolist(), kept]
+    assert y.tolist() == wanted
+
+
+def test_decodes_behind_a_soft_prompt_repeat() -> None:
+    places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place((("q", SoftPrompt(torch.zeros(3, 4))),))
+    slot, effects = Slot(0, places, soft_tokens=3), BatchEffects()
+    first = effects.build([(slot, 1, 5)])
+    assert effects.build([(slot, 1, 6)]) is first
+    assert effects.build([(slot, 1, 2)]) is not first

@@ -20,7 +20,7 @@ from hatrack_server.adapters.methods import lora
 from hatrack_server.adapters.patterns import Budget
 from hatrack_server.adapters.safetensors_header import TensorHeader, read_header
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape
+from hatrack_server.types import BaseShapes, LinearShape
 
 Fresh = Callable[[], PreTrainedModel]
 
@@ -30,9 +30,10 @@ def fresh(tiny_llama: Path) -> Fresh:
     return lambda: AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
 
 
-def linears_of(model: torch.nn.Module) -> dict[str, LinearShape]:
+def shapes_of(model: torch.nn.Module) -> BaseShapes:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name: LinearShape(linear.out_features, linear.in_features) for name, linear in linears.items()}
+    shapes = {name: LinearShape(linear.out_features, linear.in_features) for name, linear in linears.items()}
+    return BaseShapes(shapes, "model.embed_tokens", 64, ())
 
 
 UNSLOTH = (
@@ -88,7 +89,7 @@ def layers_of(model: torch.nn.Module) -> dict[str, tuple[int, float]]:
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
 def test_selects_ranks_and_scales_as_peft_does(fresh: Fresh, tmp_path: Path, options: dict[str, Any]) -> None:
-    linears = linears_of(fresh())
+    base = shapes_of(fresh())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about tied weights and unused options
         model = get_peft_model(fresh(), LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}))
@@ -98,7 +99,7 @@ def test_selects_ranks_and_scales_as_peft_does(fresh: Fresh, tmp_path: Path, opt
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     # PEFT sorts the patterns as it saves, so that another one may come first afterwards; what is loaded counts.
     for config, oracle in ((saved, loaded), ({**saved, **options}, model)):
-        spec = methods.describe(config, headers, linears, max_rank=16)
+        spec = methods.describe(config, headers, base, max_rank=16)
         ranks = {
             key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): shape[0]
             for key, shape in spec.tensors.items()
@@ -111,7 +112,12 @@ def test_selects_ranks_and_scales_as_peft_does(fresh: Fresh, tmp_path: Path, opt
     assert spec.parameters == model.get_nb_trainable_parameters()[0]
 
 
-LINEARS = {f"model.layers.{i}.self_attn.{name}": LinearShape(6, 4) for i in range(2) for name in ("q_proj", "v_proj")}
+BASE = BaseShapes(
+    {f"model.layers.{i}.self_attn.{name}": LinearShape(6, 4) for i in range(2) for name in ("q_proj", "v_proj")},
+    "model.embed_tokens",
+    4,
+    (),
+)
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 
 
@@ -129,12 +135,12 @@ Q_PROJ = headers_for("model.layers.0.self_attn.q_proj", "model.layers.1.self_att
 
 def refusal(changes: dict[str, Any], headers: dict[str, TensorHeader] = Q_PROJ) -> InvalidArtifact:
     with pytest.raises(InvalidArtifact) as caught:
-        methods.describe({**CONFIG, **changes}, headers, LINEARS, max_rank=8)
+        methods.describe({**CONFIG, **changes}, headers, BASE, max_rank=8)
     return caught.value
 
 
 def test_the_plain_one_passes() -> None:
-    assert methods.describe(CONFIG, Q_PROJ, LINEARS, max_rank=8).rank == 2
+    assert methods.describe(CONFIG, Q_PROJ, BASE, max_rank=8).rank == 2
 
 
 @pytest.mark.parametrize(
@@ -155,6 +161,7 @@ def test_the_plain_one_passes() -> None:
         ("velora_config", {"scale": 1.0}),
         ("monteclora_config", {"num_samples": 8}),
         ("an_option_of_a_later_peft", "on"),
+        ("an_option_of_a_later_peft", 0),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "OLoRA"),
@@ -196,7 +203,7 @@ def test_what_is_not_served_is_refused_by_its_key(key: str, value: Any) -> None:
 def test_every_option_of_this_peft_is_known_or_off_by_default() -> None:
     defaults = LoraConfig(target_modules=["q_proj"]).to_dict()
     config = {**defaults, **CONFIG}
-    assert methods.describe(config, Q_PROJ, LINEARS, max_rank=8).rank == 2
+    assert methods.describe(config, Q_PROJ, BASE, max_rank=8).rank == 2
 
 
 def test_a_regex_needs_no_layers() -> None:

@@ -143,7 +143,8 @@ def test_a_file_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
     pushed = push(catalog, "tone", ONE)
     catalog.close()
     with closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as sql, sql:
-        sql.execute("ALTER TABLE versions DROP COLUMN trained_on")
+        for column in ("trained_on", "soft_tokens", "prefix_tokens"):
+            sql.execute(f"ALTER TABLE versions DROP COLUMN {column}")
         sql.execute("ALTER TABLE versions ADD COLUMN verified INTEGER NOT NULL DEFAULT 1")
         sql.execute("ALTER TABLE versions ADD COLUMN warnings TEXT NOT NULL DEFAULT '[]'")
         sql.execute("PRAGMA user_version = 1")

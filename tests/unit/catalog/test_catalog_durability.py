@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -84,3 +85,29 @@ def test_what_a_crash_leaves_between_two_steps_is_swept(tmp_path: Path) -> None:
     (tmp_path / "staging" / "stray").touch()
     Catalog(tmp_path, max_upload_bytes=1_000_000).close()
     assert stored_digests(tmp_path) == {digest_of(lora_files(seed=1))}
+
+
+def test_everything_is_synced_before_the_acknowledgement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no kill can show, because the kernel lives on: only a loss of power would."""
+    catalog = Catalog(tmp_path, max_upload_bytes=1_000_000)
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        events.append(("rename", path.name))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    files = lora_files()
+    staged = upload(catalog, "tone", files)
+    assert staged.artifact is not None
+    directory = staged.artifact.path.name
+    catalog.commit(staged, CHECKED, BASE.identity)
+    catalog.close()
+    wanted = [*(("sync", name) for name in files), ("sync", directory), ("rename", directory), ("sync", "artifacts")]
+    assert [event for event in events if event in wanted] == wanted

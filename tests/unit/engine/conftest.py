@@ -25,11 +25,13 @@ def new_sequence() -> NewSequence:
         tenant: str = "a",
         digest: str | None = None,
         salt: bytes = b"salt",
+        soft_tokens: int = 0,
+        prefix_tokens: int = 0,
         deadline: float | None = None,
     ) -> Sequence:
         number = next(ids)
         tokens = range(1000 * number, 1000 * number + prompt) if isinstance(prompt, int) else prompt
-        artifact = Artifact(digest, Path(digest)) if digest else None
+        artifact = Artifact(digest, Path(digest), soft_tokens, prefix_tokens) if digest else None
         return Sequence(Generation(number, tenant, salt, artifact, tuple(tokens), Sampling(), deadline), arrival=0.0)
 
     return make

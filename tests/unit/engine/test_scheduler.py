@@ -213,6 +213,42 @@ def test_admission_is_timed_once(new_sequence: NewSequence) -> None:
     assert young.admitted == 1.0
 
 
+def test_a_soft_prompt_is_computed_like_text(new_sequence: NewSequence) -> None:
+    s, sequence = scheduler(Residency("d")), new_sequence(5, digest="d", soft_tokens=6)
+    s.add(sequence)
+    assert [(w.count, w.ready) for w in s.schedule(0.0)] == [(11, 0)]
+    assert (len(sequence.tokens), sequence.generated) == (11, 0)
+
+
+def test_a_prefix_is_ready_and_only_the_text_is_computed(new_sequence: NewSequence) -> None:
+    s = scheduler(Residency("d"))
+    first, second = (new_sequence(range(5), digest="d", prefix_tokens=6) for _ in range(2))
+    s.add(first)
+    [work] = s.schedule(0.0)
+    assert (work.count, work.ready, work.samples) == (5, 6, True)
+    s.advance([work])
+    s.add(second)
+    [work] = s.schedule(0.0)
+    # Two blocks of four are found: one of the prefix alone, and one that its end shares with the text.
+    assert (second.computed, work.count, work.ready) == (8, 3, 0)
+    assert second.cached_tokens == 2
+    s.check()
+
+
+def test_a_preempted_prefix_is_put_back(new_sequence: NewSequence) -> None:
+    s = scheduler(Residency("d"), blocks=5)
+    old, young = new_sequence(8), new_sequence(2, digest="d", prefix_tokens=6)
+    for sequence in (old, young):
+        s.add(sequence)
+    step(s)
+    assert step(s) == [(old, 1)]
+    s.remove(old)
+    s.blocks._block_of.clear()  # nothing of it is found again
+    s.blocks._key_of.clear()
+    [work] = s.schedule(0.0)
+    assert (work.ready, work.count) == (6, 3)
+
+
 def test_cached_tokens_are_those_of_the_first_admission(new_sequence: NewSequence) -> None:
     s = scheduler(Residency())
     first = new_sequence(range(9))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
 from hatrack_server.kernels.low_rank import add_low_rank, add_low_rank_reference
-from hatrack_server.kernels.rowwise import add_vector, multiply_vector
+from hatrack_server.kernels.rowwise import add_vector, multiply_vector, replace_first
 from hatrack_server.kernels.runs import Run, each_token, merge_runs
 
 ROWS, IN, OUT = 9, 15, 8
@@ -160,3 +160,16 @@ def test_neighbours_in_tokens_and_rows_become_one() -> None:
     assert merge_runs([Run(2, 1, 3), Run(3, 1, 4), Run(4, 1, 5)]) == [Run(2, 1, 3, 3)]
     for apart in (Run(4, 1, 4), Run(3, 2, 4), Run(3, 1, 5), Run(3, 1, 3)):
         assert merge_runs([Run(2, 1, 3), apart]) == [Run(2, 1, 3), apart]
+
+
+def test_runs_at_other_positions_of_their_sequences_stay_apart() -> None:
+    assert len(merge_runs([Run(0, 1, 0, position=2), Run(1, 1, 1, position=3)])) == 2
+    assert merge_runs([Run(0, 1, 0, position=2), Run(1, 1, 1, position=2)]) == [Run(0, 1, 0, 2, position=2)]
+
+
+def test_the_first_positions_are_replaced_and_no_others() -> None:
+    first = torch.arange(12.0).view(2, 3, 2)  # three positions of two adapters
+    values = torch.full((9, 2), -1.0)
+    replace_first(values, first, [Run(0, 2, 0, position=0), Run(2, 4, 1, position=1), Run(6, 2, 0, position=3)])
+    kept = [-1.0, -1.0]
+    assert values.tolist() == [*first[0, :2].tolist(), *first[1, 1:].tolist(), kept, kept, kept, kept, kept]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from hatrack.manifest import CONFIG_FILE
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class Method(Protocol):
         self,
         config: dict[str, Any],
         headers: Mapping[str, TensorHeader],
-        base_linears: Mapping[str, LinearShape],
+        base: BaseShapes,
         *,
         max_rank: int,
     ) -> ProgramSpec:
@@ -64,7 +64,7 @@ def method_of(config: Mapping[str, Any]) -> Method:
 def describe(
     config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
-    base_linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
 ) -> ProgramSpec:
@@ -74,7 +74,7 @@ def describe(
     this server lacks, exceeds `max_rank`, or when the file's tensors aren't exactly those that `config` asks for on
     this base.
     """
-    return method_of(config).describe(config, headers, base_linears, max_rank=max_rank)
+    return method_of(config).describe(config, headers, base, max_rank=max_rank)
 
 
 def compile(  # noqa: A001 - it is what this does

@@ -6,7 +6,6 @@ B (out_features, rank).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from hatrack_server.adapters.patterns import Budget
 from hatrack_server.adapters.peft_linear import (
     PREFIX,
     Adapted,
+    low_rank_size,
     modules_in,
     precise,
     rank_of,
@@ -27,7 +27,7 @@ from hatrack_server.adapters.peft_linear import (
 from hatrack_server.adapters.peft_targets import config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ UNUSED = ("use_rslora", "use_dora", "lora_bias", "alpha_pattern")
 def describe(
     config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
-    base_linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
 ) -> ProgramSpec:
@@ -60,13 +60,13 @@ def describe(
     refuse_changed_base(config)
     _scale(config)
     adapted = []
-    for module in matched_modules(config, base_linears, Budget()):
-        linear, rank = base_linears[module], _kept_rank(module, headers)
+    for module in matched_modules(config, base.linears, Budget()):
+        linear, rank = base.linears[module], _kept_rank(module, headers)
         if rank > _initial_rank(config):
             raise InvalidArtifact(config_field("init_r"), f"{module} has rank {rank}, which is more")
         shapes = {A: (rank, linear.in_features), B: (linear.out_features, rank), E: (rank, 1)}
-        adapted.append(Adapted(module, shapes, rank, math.prod(shapes[A]) + math.prod(shapes[B])))
-    return spec_of(PEFT_TYPE, adapted, headers, base_linears, max_rank=max_rank)
+        adapted.append(Adapted(module, shapes, rank, low_rank_size(rank, linear)))
+    return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
 
 def _kept_rank(module: str, headers: Mapping[str, TensorHeader]) -> int:

@@ -14,7 +14,7 @@ from hatrack_server.adapters.peft_linear import Adapted, modules_in, precise, re
 from hatrack_server.adapters.peft_targets import Predicate, config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ VECTOR = "ia3_l"
 def describe(
     config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
-    base_linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
 ) -> ProgramSpec:
@@ -38,11 +38,11 @@ def describe(
     budget = Budget()
     is_feedforward = _feedforward(config, budget)
     adapted = []
-    for module in matched_modules(config, base_linears, budget):
-        linear = base_linears[module]
+    for module in matched_modules(config, base.linears, budget):
+        linear = base.linears[module]
         shape = (1, linear.in_features) if is_feedforward(module) else (linear.out_features, 1)
         adapted.append(Adapted(module, {VECTOR: shape}, 0, 2 * sum(shape)))  # in float32, twice what others take
-    return spec_of(PEFT_TYPE, adapted, headers, base_linears, max_rank=max_rank)
+    return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
 
 def _feedforward(config: Mapping[str, Any], budget: Budget) -> Predicate:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hatrack_server.adapters.patterns import Budget
 from hatrack_server.adapters.peft_linear import (
     Adapted,
+    low_rank_size,
     modules_in,
     rank_of,
     refuse_unknown,
@@ -21,7 +22,7 @@ from hatrack_server.adapters.peft_linear import (
 )
 from hatrack_server.adapters.peft_targets import ModulePatterns, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ HARMLESS_KEYS = frozenset({"init_weights", "module_dropout", "rank_dropout", "us
 def describe(
     config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
-    base_linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
 ) -> ProgramSpec:
@@ -49,13 +50,13 @@ def describe(
     budget = Budget()
     ranks, alphas = ModulePatterns(config, "rank_pattern", budget), ModulePatterns(config, "alpha_pattern", budget)
     adapted = []
-    for module in matched_modules(config, base_linears, budget):
-        linear, r = base_linears[module], rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
+    for module in matched_modules(config, base.linears, budget):
+        linear, r = base.linears[module], rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
         scale_of(module, alphas.value(module, config.get("alpha", DEFAULT_ALPHA)), r, "alpha")
         shapes = {f"hada_{w}_a": (linear.out_features, r) for w in ("w1", "w2")}
         shapes |= {f"hada_{w}_b": (r, linear.in_features) for w in ("w1", "w2")}
-        adapted.append(Adapted(module, shapes, r * r, r * r * (linear.in_features + linear.out_features)))
-    return spec_of(PEFT_TYPE, adapted, headers, base_linears, max_rank=max_rank)
+        adapted.append(Adapted(module, shapes, r * r, low_rank_size(r * r, linear)))
+    return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
 
 def compile(  # noqa: A001 - it is what this does

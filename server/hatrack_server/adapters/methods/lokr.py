@@ -23,7 +23,7 @@ from hatrack_server.adapters.peft_linear import (
 from hatrack_server.adapters.peft_targets import ModulePatterns, config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ HARMLESS_KEYS = frozenset({
 def describe(
     config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
-    base_linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
 ) -> ProgramSpec:
@@ -56,15 +56,15 @@ def describe(
     if type(divisor) is not int or (divisor < 1 and divisor != -1):
         raise InvalidArtifact(config_field("decompose_factor"), "must be a positive integer, or -1")
     adapted = []
-    for module in matched_modules(config, base_linears, budget):
-        linear, r = base_linears[module], rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
+    for module in matched_modules(config, base.linears, budget):
+        linear, r = base.linears[module], rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
         scale_of(module, alphas.value(module, config.get("alpha", DEFAULT_ALPHA)), r, "alpha")
         rows1, rows2 = factorized(linear.out_features, divisor)
         columns1, columns2 = factorized(linear.in_features, divisor)
         shapes = _factor("lokr_w1", rows1, columns1, r, whole=not both or r >= max(rows1, columns1) / 2)
         shapes |= _factor("lokr_w2", rows2, columns2, r, whole=r >= max(rows2, columns2) / 2)
         adapted.append(Adapted(module, shapes, r, rows1 * columns1 + rows2 * columns2))
-    return spec_of(PEFT_TYPE, adapted, headers, base_linears, max_rank=max_rank)
+    return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
 
 def factorized(dimension: int, divisor: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from hatrack_server.adapters.patterns import Budget
 from hatrack_server.adapters.peft_linear import (
     Adapted,
     flag,
+    low_rank_size,
     modules_in,
     precise,
     rank_of,
@@ -27,7 +28,7 @@ from hatrack_server.adapters.peft_linear import (
 from hatrack_server.adapters.peft_targets import ModulePatterns, config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 def describe(
     config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
-    base_linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
 ) -> ProgramSpec:
@@ -67,14 +68,16 @@ def describe(
     ranks, scales = ModulePatterns(config, "rank_pattern", budget), Scales(config, budget)
     biased, magnitudes = flag(config, "lora_bias"), flag(config, "use_dora")
     adapted = []
-    for module in matched_modules(config, base_linears, budget):
-        linear, rank = base_linears[module], rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
+    for module in matched_modules(config, base.linears, budget):
+        linear, rank = base.linears[module], rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
         scales.of(module, rank)
         shapes: dict[str, tuple[int, ...]] = {A: (rank, linear.in_features), B: (linear.out_features, rank)}
         shapes |= {B_BIAS: (linear.out_features,)} if biased else {}
         shapes |= {MAGNITUDE: (linear.out_features,)} if magnitudes else {}
-        adapted.append(Adapted(module, shapes, rank, sum(map(math.prod, shapes.values()))))
-    return spec_of(PEFT_TYPE, adapted, headers, base_linears, max_rank=max_rank)
+        vectors = biased + 2 * magnitudes  # in float32: the shift, or the scale and what keeps the base's bias from it
+        resident = low_rank_size(rank, linear) + 2 * min(vectors, 2) * linear.out_features
+        adapted.append(Adapted(module, shapes, rank, resident))
+    return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
 
 class Scales:

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack_server.adapters.patterns import Budget
-from hatrack_server.adapters.peft_linear import Adapted, modules_in, rank_of, refuse_unknown, spec_of
+from hatrack_server.adapters.peft_linear import Adapted, low_rank_size, modules_in, rank_of, refuse_unknown, spec_of
 from hatrack_server.adapters.peft_targets import config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ BLOCK = "miss_block"
 def describe(
     config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
-    base_linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
 ) -> ProgramSpec:
@@ -41,11 +41,11 @@ def describe(
         raise InvalidArtifact(config_field("init_weights"), "only MiSS itself is supported, not Bat or mini")
     r = rank_of("every module", config.get("r", DEFAULT_RANK))
     adapted = []
-    for module in matched_modules(config, base_linears, Budget()):
-        linear = base_linears[module]
+    for module in matched_modules(config, base.linears, Budget()):
+        linear = base.linears[module]
         shapes = {BLOCK: (r, linear.out_features)}
-        adapted.append(Adapted(module, shapes, r, r * (linear.in_features + linear.out_features)))
-    return spec_of(PEFT_TYPE, adapted, headers, base_linears, max_rank=max_rank)
+        adapted.append(Adapted(module, shapes, r, low_rank_size(r, linear)))
+    return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
 
 def compile(  # noqa: A001 - it is what this does
@@ -54,10 +54,11 @@ def compile(  # noqa: A001 - it is what this does
     base: BaseLayers,
 ) -> Iterator[tuple[str, Piece]]:
     """See `methods.compile`."""
-    import torch
-
     from hatrack_server.adapters.pieces import LowRank
 
     for module, block in modules_in(tensors, BLOCK):
-        r, places = block.shape[0], torch.arange(base.shapes[module].in_features)
-        yield module, LowRank((places % r == torch.arange(r)[:, None]).to(block.dtype), block)
+        r = block.shape[0]
+        a = block.new_zeros(r, base.shapes.linears[module].in_features)
+        for row in range(r):
+            a[row, row::r] = 1
+        yield module, LowRank(a, block)

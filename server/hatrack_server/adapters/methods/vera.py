@@ -11,11 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack_server.adapters.patterns import Budget
-from hatrack_server.adapters.peft_linear import Adapted, modules_in, precise, rank_of, refuse_unknown, spec_of, tensor_of
+from hatrack_server.adapters.peft_linear import (
+    Adapted,
+    low_rank_size,
+    modules_in,
+    precise,
+    rank_of,
+    refuse_unknown,
+    spec_of,
+    tensor_of,
+)
 from hatrack_server.adapters.peft_targets import config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import LinearShape, ProgramSpec
+from hatrack_server.types import BaseShapes, LinearShape, ProgramSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +44,7 @@ HARMLESS_KEYS = frozenset({"d_initial", "init_weights", "vera_dropout"})
 def describe(
     config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
-    base_linears: Mapping[str, LinearShape],
+    base: BaseShapes,
     *,
     max_rank: int,
 ) -> ProgramSpec:
@@ -48,15 +57,15 @@ def describe(
         raise InvalidArtifact(config_field(SEED_KEY), "must be an integer of 64 bits")
     r = rank_of("every module", config.get("r", DEFAULT_RANK))
     adapted = []
-    for module in matched_modules(config, base_linears, Budget()):
-        linear = base_linears[module]
+    for module in matched_modules(config, base.linears, Budget()):
+        linear = base.linears[module]
         shapes = {LAMBDA_B: (linear.out_features,), LAMBDA_D: (r,)}
-        adapted.append(Adapted(module, shapes, r, r * (linear.in_features + linear.out_features)))
+        adapted.append(Adapted(module, shapes, r, low_rank_size(r, linear)))
     shared: dict[str, tuple[int, ...]] = {}
     if adapted and config.get("save_projection", True):
-        widest_in, widest_out = _widest(base_linears[one.module] for one in adapted)
+        widest_in, widest_out = _widest(base.linears[one.module] for one in adapted)
         shared = {SHARED_A: (r, widest_in), SHARED_B: (widest_out, r)}
-    return spec_of(PEFT_TYPE, adapted, headers, base_linears, max_rank=max_rank, shared=shared)
+    return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank, shared=shared)
 
 
 def compile(  # noqa: A001 - it is what this does
@@ -65,7 +74,7 @@ def compile(  # noqa: A001 - it is what this does
     """See `methods.compile`."""
     from hatrack_server.adapters.pieces import LowRank
 
-    adapted = {module: base.shapes[module] for module, _ in modules_in(tensors, LAMBDA_B)}
+    adapted = {module: base.shapes.linears[module] for module, _ in modules_in(tensors, LAMBDA_B)}
     if SHARED_A in tensors:
         shared_a, shared_b = precise(tensors[SHARED_A]), precise(tensors[SHARED_B])
     else:

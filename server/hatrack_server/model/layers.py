@@ -1,0 +1,44 @@
+"""The frozen base as adapters' methods see it while they compile an artifact (see adapters.BaseLayers)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hatrack_server.kernels.nf4_linear import dequantized, nf4_linear
+from hatrack_server.types import BaseShapes
+
+
+class FrozenLayers:
+    """Where adapters may act, and what the base's linear layers do."""
+
+    def __init__(self, shapes: BaseShapes, linears: Mapping[str, nn.Linear], norms: Mapping[str, Tensor]) -> None:
+        """`norms` are the linears' `squared_norms`."""
+        self.shapes = shapes
+        self._linears = linears
+        self._norms = norms
+
+    @torch.inference_mode()
+    def project(self, layer: str, rows: Tensor) -> Tensor:
+        """rows[R, in] through the layer's weight alone, without its bias: float32 [R, out]."""
+        linear, bias = self._linears[layer], self.bias(layer)
+        # bitsandbytes turns a layer's bias into the dtype of what comes in: it must be the one that steps bring.
+        dtype = getattr(linear, "compute_dtype", linear.weight.dtype)
+        out = nf4_linear(rows.to(linear.weight.device, dtype), linear).float().cpu()
+        return out if bias is None else out - bias
+
+    def squared_norms(self, layer: str) -> Tensor:
+        """The squared length of each row of the layer's weight: float32 [out]."""
+        return self._norms[layer].cpu()
+
+    def bias(self, layer: str) -> Tensor | None:
+        """The layer's bias, float32 [out], if it has one."""
+        bias = self._linears[layer].bias
+        return None if bias is None else bias.detach().float().cpu()
+
+
+def squared_norms(linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """Of every row of every weight: float32 [out]. To be read before a forward pass packs the weights."""
+    return {name: dequantized(layer).square().sum(1) for name, layer in linears.items()}
