@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from make_mix import make_mixed_adapter, mix
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b")
     parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--mix", action="store_true", help="and adapters of twelve methods")
     args = parser.parse_args()
     inputs, config = Inputs(args.folder), SHAPES[args.shape]
     if not inputs.base.exists():
@@ -52,6 +54,11 @@ def main() -> None:
     for seed in range(args.adapters):
         if not inputs.adapter(f"a{seed}").exists():
             make_adapter(config, seed, inputs.adapter(f"a{seed}"))
+    for seed, (name, peft_config) in enumerate(mix(config).items() if args.mix else ()):
+        if not inputs.adapter(name).exists():
+            partial = _partial(inputs.adapter(name))
+            make_mixed_adapter(config, peft_config, partial, seed)
+            partial.rename(inputs.adapter(name))
 
 
 def make_base(config: LlamaConfig, path: Path) -> None:

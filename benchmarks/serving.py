@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py                                # TinyLlama-1.1B's shape; 3 GB on disk
     python benchmarks/serving.py --shape tiny --rows 1x1 8x8   # a quick check; its figures mean nothing
+    python benchmarks/serving.py --mix                          # 12 methods in one batch beside 12 LoRA adapters
 
 A case is ROWSxDISTINCT: that many completions at once, spread over that many LoRA adapters of rank 16; 0 is the base
 alone. Each row has 32 prompt tokens; the decode step is a mean over 24 steps, the prefill a run of two tokens. Every
@@ -30,6 +31,7 @@ from workload import DECODE_STEPS, PROMPT_TOKENS, RANK, Case, Inputs, Measuremen
 
 HERE = Path(__file__).parent
 CASES = ["1x1", "8x8", "32x0", "32x32"]
+MIX = (Case(32, 12), Case(32, 12, mixed=True))
 PACKAGES = ("hatrack", "torch", "transformers", "peft", "bitsandbytes")
 
 Measure = Callable[[int], list[Measurement]]
@@ -40,6 +42,9 @@ def main() -> None:
     args = parse_arguments()
     console = Console(stderr=True)
     inputs = make_inputs(args)
+    if args.mix:
+        print(json.dumps(compare_mix(args, inputs, console)))
+        return
     systems: dict[str, Measure] = {
         "hatrack": lambda run: measure_hatrack(inputs, args.rows, run, common_options(args)),
         "peft": lambda run: measure_peft(inputs, args.rows, run, common_options(args)),
@@ -59,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("tiny", "tinyllama-1.1b"), default="tinyllama-1.1b")
     parser.add_argument("--rows", nargs="+", type=Case.parse, default=list(map(Case.parse, CASES)), metavar="RxD")
+    parser.add_argument("--mix", action="store_true", help="Hatrack alone: 32 rows of 12 methods, and of 12 LoRAs")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads, of both systems; default: torch's choice")
@@ -69,8 +75,8 @@ def parse_arguments() -> argparse.Namespace:
 def make_inputs(args: argparse.Namespace) -> Inputs:
     """The base and as many adapters as the cases need; made in a child, so that no torch stays in this process."""
     folder = args.work_dir / args.shape
-    adapters = max(case.distinct for case in args.rows)
-    options = ["--shape", args.shape, "--adapters", str(adapters)]
+    adapters = max(case.distinct for case in (MIX if args.mix else args.rows))
+    options = ["--shape", args.shape, "--adapters", str(adapters), *(["--mix"] if args.mix else [])]
     subprocess.run([sys.executable, HERE / "make_inputs.py", folder, *options], check=True)
     return Inputs(folder)
 
@@ -86,6 +92,21 @@ def measure_peft(inputs: Inputs, cases: Sequence[Case], run: int, options: Seque
     command = [sys.executable, HERE / "peft_peer.py", inputs.folder, "--run", str(run), *options]
     done = subprocess.run([*command, "--rows", *map(str, cases)], check=True, stdout=subprocess.PIPE, text=True)
     return [Measurement(**each) for each in json.loads(done.stdout.splitlines()[-1])]
+
+
+def compare_mix(args: argparse.Namespace, inputs: Inputs, console: Console) -> dict[str, Any]:
+    """Rows of twelve methods beside as many LoRA rows; ratios are the share of LoRA's speed that the mixture keeps.
+
+    PEFT is no peer here: of these methods it mixes LoRA alone.
+    """
+    runs = []
+    for run in range(args.runs):
+        with console.status(f"run {run + 1} of {args.runs}"):
+            runs.append(measure_hatrack(inputs, MIX, run, common_options(args)))
+    loras, mixed = (_medians(case, [run[i] for run in runs]) for i, case in enumerate(MIX))
+    ratio = {key: round(loras[key] / mixed[key], 2) for key in ("step_ms", "prefill_s")}
+    cases = [{"case": str(case), "hatrack": found} for case, found in zip(MIX, (loras, mixed), strict=True)]
+    return as_document(args, cases) | {"ratio": {"decode": ratio["step_ms"], "prefill": ratio["prefill_s"]}}
 
 
 def summarize(cases: Sequence[Case], runs: dict[str, list[list[Measurement]]]) -> list[dict[str, Any]]:

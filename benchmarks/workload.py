@@ -15,10 +15,14 @@ RANK = 16
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A batch: `rows` completions at once, spread over `distinct` adapters; 0 is the base alone."""
+    """A batch: `rows` completions at once, spread over `distinct` LoRA adapters; 0 is the base alone.
+
+    With `mixed`, over as many of the adapters of all methods.
+    """
 
     rows: int
     distinct: int
+    mixed: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -29,11 +33,12 @@ class Case:
         return cls(rows, distinct)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.distinct}"
+        return f"{self.rows}x{self.distinct}" + (" mixed" if self.mixed else "")
 
     def adapters(self) -> list[str]:
         """The adapter's name of each row; "" for the base alone."""
-        return [f"a{row % self.distinct}" if self.distinct else "" for row in range(self.rows)]
+        kind = "m" if self.mixed else "a"
+        return [f"{kind}{row % self.distinct}" if self.distinct else "" for row in range(self.rows)]
 
     def prompts(self, run: int, phase: str) -> list[list[int]]:
         """Token ids per row: the same for every system, and never twice, lest a prefix cache remember them."""

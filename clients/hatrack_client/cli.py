@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -79,12 +80,19 @@ class LazyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            command = _commands()[ctx.invoked_subcommand]
-            extra = EXTRAS.get(command.module.partition(".")[0])
+            extra = _extra_that_lacks(error)
             if extra is None or (error.name or "").startswith("hatrack"):
                 raise
-            message = f"`hatrack {command.name}` needs the package {error.name}: pip install 'hatrack[{extra}]'"
+            message = (
+                f"`hatrack {ctx.invoked_subcommand}` needs the package {error.name}: pip install 'hatrack[{extra}]'"
+            )
             raise MissingExtra(message) from error
+
+
+def _extra_that_lacks(error: ModuleNotFoundError) -> str | None:
+    """The extra of the first package with one whose code was running."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((EXTRAS[package] for module in modules if (package := module.partition(".")[0]) in EXTRAS), None)
 
 
 def _commands() -> dict[str, EntryPoint]:

@@ -87,6 +87,41 @@ def revoke_key(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
         _key_store(data_dir).revoke_key(key_id)
 
 
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder in PEFT's format.", show_default=False)],
+    model: Annotated[str, typer.Option(help="The base: a checkpoint's folder, or a hub id.")],
+    max_rank: Annotated[int, typer.Option(help="The highest rank that the server accepts.")] = 256,
+) -> None:
+    """Say what an adapter is, and whether a server of this base would accept it; needs neither server nor weights."""
+    import logging
+
+    from rich.console import Console
+    from rich.table import Table
+
+    logging.disable(logging.WARNING)  # libraries' advice about a base that is made but not loaded
+    with _one_sentence():
+        from hatrack_server.catalog import gate
+        from hatrack_server.model.checkpoint import resolve_checkpoint
+        from hatrack_server.model.shapes import shapes_of_checkpoint
+
+        shapes = shapes_of_checkpoint(resolve_checkpoint(model))
+        spec = gate.describe(folder, shapes, max_rank=max_rank)
+    adapted = {module for module in shapes.linears if any(f".{module}." in key for key in spec.tensors)}
+    targets = {module.rpartition(".")[2] for module in adapted}
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("method", spec.method),
+        ("targets", ", ".join(sorted(targets)) or "none by name"),
+        ("rank", str(spec.rank or "none")),
+        ("virtual tokens", str(spec.soft_tokens + spec.prefix_tokens)),
+        ("parameters", f"{spec.parameters:,}"),
+        ("when resident", f"{spec.resident_bytes:,} bytes"),
+        ("accepted", "yes, by a server of this base"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+
+
 def _key_store(data_dir: Path) -> KeyStore:
     from hatrack_server.tenancy.keys import KeyStore
 

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SHAPE, make_checkpoint, make_tokenizer
+from oracle import make_adapter, save_adapter
+from peft import LoHaConfig
+from tiny import FAMILIES, SHAPE, make_checkpoint, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hatrack_client.cli import run as hatrack
 from hatrack_server.config import EngineConfig
 from hatrack_server.engine.worker import describe_base
 from hatrack_server.errors import StartupError
 from hatrack_server.model.checkpoint import identify, resolve_checkpoint
 from hatrack_server.model.load import load_base
 from hatrack_server.model.paged import PagedModel
+from hatrack_server.model.shapes import shapes_of_checkpoint
 
 TINY_HEADS = {"n_head": 4, "n_layer": 2, "n_embd": 64, "n_positions": 512}
 
@@ -131,3 +135,50 @@ def test_an_incomplete_checkpoint_is_named(missing: str, tmp_path: Path) -> None
 def test_a_path_that_does_not_exist_is_named() -> None:
     with pytest.raises(StartupError, match="/nowhere/at/all"):
         resolve_checkpoint("/nowhere/at/all")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_alone_tells_where_adapters_may_act(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, family)
+    (checkpoint / "model.safetensors").write_bytes(b"not read")
+    told = shapes_of_checkpoint(checkpoint)
+    make_checkpoint(tmp_path, family)
+    assert told == paged(checkpoint).layers.shapes
+    assert len(told.attention) == SHAPE["num_hidden_layers"]
+
+
+def test_conv1d_counts_as_linear(tmp_path: Path) -> None:
+    checkpoint = any_checkpoint(tmp_path, "gpt2", vocab_size=320, **TINY_HEADS)
+    assert shapes_of_checkpoint(checkpoint) == paged(checkpoint).layers.shapes
+
+
+class TestInspect:
+    def run(self, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = hatrack(["adapters", "inspect", *map(str, arguments)])
+        return (status, *capsys.readouterr())
+
+    def test_says_what_an_adapter_is(
+        self, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        save_adapter(
+            base, tmp_path, LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"]), seed=0
+        )
+        status, out, err = self.run(capsys, tmp_path, "--model", tiny_llama)
+        assert (status, err) == (0, "")
+        said = dict(line.strip().split(None, 1) for line in out.replace("when resident", "resident").splitlines())
+        assert (said["method"], said["targets"], said["rank"]) == ("LOHA", "q_proj, up_proj", "4")
+        assert said["parameters"] == f"{2 * 2 * (2 * (64 + 64) + 2 * (64 + 128)):,}"
+        assert said["accepted"].startswith("yes")
+
+    def test_says_why_it_would_be_refused(
+        self, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        make_adapter(base, tmp_path, seed=0, r=16, target_modules=["q_proj"])
+        status, out, err = self.run(capsys, tmp_path, "--model", tiny_llama, "--max-rank", 8)
+        assert (status, out) == (2, "")
+        assert err.startswith("hatrack: adapter_config.json: r: ")
+        assert self.run(capsys, tmp_path / "absent", "--model", tiny_llama)[0] == 2
+        assert self.run(capsys, tmp_path, "--model", tmp_path / "absent")[0] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,10 @@ from hatrack_client.types import Adapter, AdapterVersion
 adapters = typer.Typer(
     help="Push, list, promote, roll back and delete adapters.", no_args_is_help=True, add_completion=False
 )
+
+# E.g. `inspect`, which needs the server's package and no server.
+for _command in entry_points(group="hatrack.adapters"):
+    adapters.command(_command.name)(_command.load())
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.", show_default=False)]
 NameOrVersion = Annotated[

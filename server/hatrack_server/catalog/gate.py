@@ -13,7 +13,7 @@ from hatrack_server.adapters.strict_json import parse_object
 from hatrack_server.catalog.finite import first_non_finite
 from hatrack_server.catalog.upload import MAX_JSON_BYTES
 from hatrack_server.errors import InvalidArtifact
-from hatrack_server.types import Artifact, BaseInfo, ProgramSpec
+from hatrack_server.types import Artifact, BaseInfo, BaseShapes, ProgramSpec
 
 MAX_DIGEST_CHARACTERS = 80
 
@@ -41,21 +41,27 @@ def check(artifact: Artifact, base: BaseInfo, *, max_rank: int) -> Checked:
     setting that isn't served, tensors other than the configuration asks for on this base, numbers that aren't finite,
     or a manifest that names other content or another base's weights.
     """
-    config = _read_json(artifact.path, CONFIG_FILE)
-    headers = read_header(_existing(artifact.path, WEIGHTS_FILE))
-    spec = methods.describe(config, headers, base.shapes, max_rank=max_rank)
+    spec = describe(artifact.path, base.shapes, max_rank=max_rank)
     virtual_tokens = spec.soft_tokens + spec.prefix_tokens
     if virtual_tokens > base.max_model_len - 2:  # a prompt and a completion have at least one token each
         message = f"{virtual_tokens} leave no room for text in the context of {base.max_model_len} tokens"
         raise InvalidArtifact(f"{CONFIG_FILE}: num_virtual_tokens", message)
-    tensor = first_non_finite(artifact.path / WEIGHTS_FILE, headers)
-    if tensor is not None:
-        raise InvalidArtifact(f"{WEIGHTS_FILE}: {tensor}", "holds NaN or infinity")
     if not (artifact.path / MANIFEST_FILE).is_file():
         return Checked(spec, None)
     manifest = _read_manifest(artifact.path)
     _check_manifest(manifest, artifact, spec, base.identity)
     return Checked(spec, manifest.base)
+
+
+def describe(directory: Path, base: BaseShapes, *, max_rank: int) -> ProgramSpec:
+    """What the artifact in `directory` is; all of `check` that needs no more of the base than its shapes."""
+    config = _read_json(directory, CONFIG_FILE)
+    headers = read_header(_existing(directory, WEIGHTS_FILE))
+    spec = methods.describe(config, headers, base, max_rank=max_rank)
+    tensor = first_non_finite(directory / WEIGHTS_FILE, headers)
+    if tensor is not None:
+        raise InvalidArtifact(f"{WEIGHTS_FILE}: {tensor}", "holds NaN or infinity")
+    return spec
 
 
 def warnings(trained_on: BaseIdentity | None, served: BaseIdentity) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from bitsandbytes.nn import Params4bit
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
 from hatrack_server.config import EngineConfig
@@ -17,8 +17,8 @@ from hatrack_server.model.batch import Batch
 from hatrack_server.model.layers import FrozenLayers, squared_norms
 from hatrack_server.model.load import load_base, read_config
 from hatrack_server.model.probe import probe, refuse_unservable
-from hatrack_server.model.wrap import Effect, Effects, attention_modules, hook_embedding, wrap_linears
-from hatrack_server.types import AttentionShape, BaseShapes, LinearShape
+from hatrack_server.model.shapes import attention_modules, base_shapes, kv_shapes
+from hatrack_server.model.wrap import Effect, Effects, hook_embedding, wrap_linears
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -48,13 +48,19 @@ class PagedModel:
         head = self._model.get_output_embeddings()
         self.head = next((name for name, module in self._model.named_modules() if module is head), None)
         self._effects = Effects()
+        attention = attention_modules(self._model)
+        for name, module in attention.items():
+            module.__dict__[NAME] = name  # by which `paged_attention` finds the effect of a step
+        self._attention_layers = {name: layer for layer, name in enumerate(attention)}
         linears = wrap_linears(self._model, self._effects, packed=config.packed)
         norms = squared_norms(linears)
+        cache = self._cache_of_a_pass()
+        shapes = base_shapes(self._model, linears, attention, cache)
+        hook_embedding(self._model, shapes.embedding, self._effects)
+        self.layers = FrozenLayers(shapes, linears, norms)
         progress("allocating the KV cache", 0.6)
-        shapes = self._kv_shapes()
-        self.layers = FrozenLayers(self._adaptable(linears, shapes), linears, norms)
-        self._attention_layers = {shape.name: i for i, shape in enumerate(self.layers.shapes.attention)}
-        self._bytes_per_token = sum(heads * (k + v) for heads, k, v in shapes) * self.dtype.itemsize
+        kv = kv_shapes(cache)
+        self._bytes_per_token = sum(heads * (k + v) for heads, k, v in kv) * self.dtype.itemsize
         blocks = int(config.kv_cache_gb * 1e9 / (self._bytes_per_token * config.block_size))
         if blocks < 2:
             raise StartupError(
@@ -62,7 +68,7 @@ class PagedModel:
             )
         self.kv_slots = (blocks + 1) * config.block_size  # one more for the zeros that padding points at
         try:
-            self._kv = PagedKV(shapes, self.kv_slots, self.dtype, self.device)
+            self._kv = PagedKV(kv, self.kv_slots, self.dtype, self.device)
         except (MemoryError, RuntimeError):  # torch's own out-of-memory errors are RuntimeErrors
             raise StartupError(f"kv_cache_gb: {config.kv_cache_gb} is more memory than there is") from None
         progress("checking attention", 0.8)
@@ -150,27 +156,13 @@ class PagedModel:
         for pool in (*self._kv.keys, *self._kv.values):
             pool.zero_()
 
-    def _adaptable(self, linears: Mapping[str, nn.Linear], kv_shapes: list[tuple[int, int, int]]) -> BaseShapes:
-        attention = attention_modules(self._model, len(kv_shapes))
-        for name, module in attention:
-            module.__dict__[NAME] = name  # by which `paged_attention` finds the effect of a step
-        embedding = hook_embedding(self._model, self._effects)
-        return BaseShapes(
-            linears={name: LinearShape(layer.out_features, layer.in_features) for name, layer in linears.items()},
-            embedding=embedding,
-            width=self._model.get_input_embeddings().weight.shape[1],
-            attention=tuple(
-                AttentionShape(name, *shape) for (name, _), shape in zip(attention, kv_shapes, strict=False)
-            ),
-        )
-
-    def _kv_shapes(self) -> list[tuple[int, int, int]]:
-        """(kv_heads, key dim, value dim) of each layer, as the model really makes them."""
+    def _cache_of_a_pass(self) -> DynamicCache:
+        """What the model puts into transformers' own cache: keys and values as it really makes them."""
         cache = DynamicCache()
         self._eagerly(torch.tensor([0, 1]), cache)
         if len(cache.layers) != self.config.num_hidden_layers:
             raise StartupError(f"{self.config.model_type} can't be served: its layers share keys and values")
-        return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
+        return cache
 
     @torch.inference_mode()
     def _eagerly(self, ids: Tensor, cache: DynamicCache | None) -> Tensor:

@@ -63,26 +63,12 @@ def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> d
     return linears
 
 
-def hook_embedding(model: PreTrainedModel, effects: Effects) -> str:
-    """Lets effects act on the input embedding's output; returns its name."""
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
+def hook_embedding(model: PreTrainedModel, name: str, effects: Effects) -> None:
+    """Lets effects act on the output of the embedding of this name."""
 
     def act(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         effect = effects.by_module.get(name)
         if effect is not None:
             effect.output(y.view(-1, y.shape[-1]), args[0].view(-1))
 
-    embedding.register_forward_hook(act)
-    return name
-
-
-def attention_modules(model: PreTrainedModel, layers: int) -> list[tuple[str, nn.Module]]:
-    """The attention modules, layer by layer: they know their layer and own linears. None unless that's one each."""
-    found = {
-        module.layer_idx: (name, module)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-        and any(isinstance(child, AdaptedLinear) for child in module.children())
-    }
-    return [found[layer] for layer in range(layers)] if found.keys() == set(range(layers)) else []
+    model.get_submodule(name).register_forward_hook(act)

@@ -1,0 +1,72 @@
+"""Where adapters may act in a base: told by the loaded model, or by its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hatrack_server.errors import StartupError
+from hatrack_server.model.load import read_config
+from hatrack_server.model.probe import refuse_unservable
+from hatrack_server.types import AttentionShape, BaseShapes, LinearShape
+
+
+def shapes_of_checkpoint(checkpoint: Path) -> BaseShapes:
+    """What the server that serves `checkpoint` would tell, without its weights; raises StartupError as it would."""
+    config = read_config(checkpoint)
+    refuse_unservable(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except (ValueError, KeyError, ImportError) as error:
+        raise StartupError(f"the model can't be made: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    linears = linear_layers(model)
+    attention = attention_modules(model)
+    cache = DynamicCache()
+    model(torch.tensor([[0, 1]], device="meta"), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return base_shapes(model, linears, attention, cache)
+
+
+def base_shapes(
+    model: PreTrainedModel, linears: Mapping[str, nn.Module], attention: Iterable[str], cache: DynamicCache
+) -> BaseShapes:
+    """From a model's linear layers and attention modules by name, and the cache of a forward pass."""
+    embedding = model.get_input_embeddings()
+    return BaseShapes(
+        linears={name: _linear_shape(layer) for name, layer in linears.items()},
+        embedding=next(name for name, module in model.named_modules() if module is embedding),
+        width=embedding.weight.shape[1],
+        attention=tuple(AttentionShape(name, *kv) for name, kv in zip(attention, kv_shapes(cache), strict=False)),
+    )
+
+
+def kv_shapes(cache: DynamicCache) -> list[tuple[int, int, int]]:
+    """(kv_heads, key dim, value dim) of each layer, as the model really made them."""
+    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """All that adapters may target, by name. GPT-2's Conv1D is one, and a plain linear layer once it is quantised."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+
+
+def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The attention modules by name, layer by layer: they know their layer and own linears. None unless one each."""
+    linears, layers = set(linear_layers(model).values()), range(model.config.get_text_config().num_hidden_layers)
+    found = {
+        module.layer_idx: (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and linears.intersection(module.children())
+    }
+    return dict(found[layer] for layer in layers) if found.keys() == set(layers) else {}
+
+
+def _linear_shape(layer: nn.Module) -> LinearShape:
+    if isinstance(layer, Conv1D):
+        return LinearShape(layer.weight.shape[1], layer.weight.shape[0])
+    return LinearShape(layer.out_features, layer.in_features)  # type: ignore[arg-type]
