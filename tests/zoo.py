@@ -40,8 +40,11 @@ ZOO: dict[str, PeftConfig] = {
     ),
     "vera": VeraConfig(task_type=CAUSAL_LM, r=16, target_modules=["v_proj", *DOWN]),
     "miss": MissConfig(task_type=CAUSAL_LM, r=8, target_modules=["v_proj", *UP]),
+    "lora on the embedding": LoraConfig(
+        task_type=CAUSAL_LM, r=8, lora_alpha=32, target_modules=["embed_tokens", "v_proj"]
+    ),
 }
-NOISE = {"vera": 1.0, "ia3": 0.5, "prefix": 2.0, "prompt": 1.0, "p-tuning": 1.0, "llama-adapter": 3.0}
+NOISE = {"vera": 0.5, "ia3": 0.5, "prefix": 2.0, "prompt": 1.0, "p-tuning": 1.0, "llama-adapter": 3.0}
 # What PEFT can't run on NF4: LoHa and LoKr read a packed weight's shape; in bfloat16 (IA)³ gives float32, which
 # attention refuses, and DoRA dequantises a weight that the packed kernel has turned into something else.
 NOT_ON_NF4 = {"loha", "lokr", "lokr, whole"}

@@ -109,6 +109,8 @@ class BaseShapes:
     embedding: str  # the module's name
     width: int  # of the embedding and the residual stream
     attention: tuple[AttentionShape, ...]  # layer by layer
+    embedding_rows: int = 0  # 0: adapters can't act on it
+    embedding_scale: float = 1.0  # what the embedding multiplies its rows with
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from hatrack_trainer.errors import UsageError
 def check_targets(targets: list[str] | Literal["all-linear"], checkpoint: Path) -> None:
     """Raises UsageError for the first name that selects no module, or one that is no linear layer of the base's blocks.
 
-    PEFT would ignore a name that selects nothing beside one that does, and train an embedding, which no server takes.
+    PEFT would ignore a name that selects nothing beside one that does, and train an embedding, which is not supported.
     """
     if targets == "all-linear":
         return

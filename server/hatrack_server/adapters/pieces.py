@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hatrack_server.adapters.rank_class import rank_class
 from hatrack_server.kernels.kronecker import add_kronecker
-from hatrack_server.kernels.low_rank import add_low_rank
+from hatrack_server.kernels.low_rank import add_embedded, add_low_rank
 from hatrack_server.kernels.prefix_attention import add_prefix_attention
 from hatrack_server.kernels.rowwise import add_vector, multiply_vector, replace_first
 from hatrack_server.kernels.runs import Run
@@ -83,6 +83,33 @@ class LowRank:
         """See Piece."""
         a, b = stacks
         add_low_rank(values, x, a, b, runs)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingLowRank:
+    """y += a[id] b at the embedding, the method's scale folded into b."""
+
+    stage: ClassVar[Stage] = Stage.SUM
+    dtype: ClassVar[torch.dtype | None] = None
+
+    a: Tensor  # [vocabulary, r]
+    b: Tensor  # [r, width]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """a, b."""
+        return self.a, self.b
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Their own: a row of `a` is looked up, not multiplied with."""
+        return tuple(self.a.shape), tuple(self.b.shape)
+
+    @staticmethod
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        a, b = stacks
+        add_embedded(values, x, a, b, runs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,3 +25,20 @@ def add_low_rank_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: lis
     """The same, token by token."""
     for token, row in each_token(runs):
         y[token] += b[row].mT @ (a[row] @ x[token].to(a.dtype))
+
+
+def add_embedded(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
+    """Adds what each run's own low-rank embedding gives for its token ids to y in place.
+
+    y[T, width], ids[T], a[rows, vocabulary, r], b[rows, r, width] with the scale folded in.
+    """
+    for run in runs:
+        for row in range(run.count):
+            tokens = slice(run.start + row * run.length, run.start + (row + 1) * run.length)
+            y[tokens] += a[run.row + row, ids[tokens]] @ b[run.row + row]
+
+
+def add_embedded_reference(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
+    """The same, token by token."""
+    for token, row in each_token(runs):
+        y[token] += b[row].mT @ a[row, ids[token]]

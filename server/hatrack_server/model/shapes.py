@@ -42,6 +42,8 @@ def base_shapes(
         embedding=next(name for name, module in model.named_modules() if module is embedding),
         width=embedding.weight.shape[1],
         attention=tuple(AttentionShape(name, *kv) for name, kv in zip(attention, kv_shapes(cache), strict=False)),
+        embedding_rows=embedding.weight.shape[0],
+        embedding_scale=float(getattr(embedding, "scalar_embed_scale", 1.0)),
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
-from hatrack_server.kernels.low_rank import add_low_rank, add_low_rank_reference
+from hatrack_server.kernels.low_rank import add_embedded, add_embedded_reference, add_low_rank, add_low_rank_reference
 from hatrack_server.kernels.rowwise import add_vector, multiply_vector, replace_first
 from hatrack_server.kernels.runs import Run, each_token, merge_runs
 
@@ -173,3 +173,16 @@ def test_the_first_positions_are_replaced_and_no_others() -> None:
     replace_first(values, first, [Run(0, 2, 0, position=0), Run(2, 4, 1, position=1), Run(6, 2, 0, position=3)])
     kept = [-1.0, -1.0]
     assert values.tolist() == [*first[0, :2].tolist(), *first[1, 1:].tolist(), kept, kept, kept, kept, kept]
+
+
+def test_an_embedded_token_meets_its_own_adapter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 11, 3, generator=generator), torch.randn(4, 3, 5, generator=generator)
+    ids, y = torch.tensor([0, 10, 3, 3, 7, 1, 2]), torch.randn(7, 5, generator=generator)
+    runs = [Run(0, 2, 1, 2), Run(5, 1, 0)]
+    wanted = y.clone()
+    add_embedded_reference(wanted, ids, a, b, runs)
+    found = y.clone()
+    add_embedded(found, ids, a, b, runs)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(found[[4, 6]], y[[4, 6]])

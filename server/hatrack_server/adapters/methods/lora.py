@@ -3,7 +3,8 @@ arXiv:2402.09353), as PEFT 0.21 saves them.
 
 Per module `y += scale * (B (A x) + b)`, with A (rank, in_features), B (out_features, rank), the bias b of `lora_bias`,
 and scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA. DoRA then multiplies everything but the base's bias with
-`magnitude / ‖W0 + scale * B A‖`, row by row, which is computed once, as the adapter is loaded.
+`magnitude / ‖W0 + scale * B A‖`, row by row, which is computed once, as the adapter is loaded. On the embedding,
+`lora_embedding_A` (rank, vocabulary) is looked up by token id: y += scale * B A[:, id].
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hatrack_server.adapters.peft_linear import (
     spec_of,
     tensor_of,
 )
-from hatrack_server.adapters.peft_targets import ModulePatterns, config_field, matched_modules
+from hatrack_server.adapters.peft_targets import ALL_LINEAR, ModulePatterns, config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
 from hatrack_server.types import BaseShapes, ProgramSpec
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 PEFT_TYPE = "LORA"
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 A, B, B_BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 
 READ_KEYS = frozenset({
@@ -68,9 +70,13 @@ def describe(
     ranks, scales = ModulePatterns(config, "rank_pattern", budget), Scales(config, budget)
     biased, magnitudes = flag(config, "lora_bias"), flag(config, "use_dora")
     adapted = []
-    for module in matched_modules(config, base.linears, budget):
-        linear, rank = base.linears[module], rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
+    for module in matched_modules(config, _candidates(config, base), budget):
+        rank = rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
         scales.of(module, rank)
+        if module == base.embedding:
+            adapted.append(_embedding(module, rank, base, magnitudes=magnitudes))
+            continue
+        linear = base.linears[module]
         shapes: dict[str, tuple[int, ...]] = {A: (rank, linear.in_features), B: (linear.out_features, rank)}
         shapes |= {B_BIAS: (linear.out_features,)} if biased else {}
         shapes |= {MAGNITUDE: (linear.out_features,)} if magnitudes else {}
@@ -78,6 +84,19 @@ def describe(
         resident = low_rank_size(rank, linear) + 2 * min(vectors, 2) * linear.out_features
         adapted.append(Adapted(module, shapes, rank, resident))
     return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
+
+
+def _candidates(config: Mapping[str, Any], base: BaseShapes) -> list[str]:
+    wanted = config.get("target_modules")
+    all_linear = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+    return [*base.linears, *([base.embedding] if base.embedding_rows and not all_linear else [])]
+
+
+def _embedding(module: str, rank: int, base: BaseShapes, *, magnitudes: bool) -> Adapted:
+    if magnitudes:
+        raise InvalidArtifact(config_field("use_dora"), "DoRA of the embedding is not supported")
+    shapes = {EMBEDDING_A: (rank, base.embedding_rows), EMBEDDING_B: (base.width, rank)}
+    return Adapted(module, shapes, rank, rank * (base.embedding_rows + base.width))
 
 
 class Scales:
@@ -108,9 +127,12 @@ def compile(  # noqa: A001 - it is what this does
     config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers
 ) -> Iterator[tuple[str, Piece]]:
     """See `methods.compile`."""
-    from hatrack_server.adapters.pieces import LowRank, OutputScale, OutputShift
+    from hatrack_server.adapters.pieces import EmbeddingLowRank, LowRank, OutputScale, OutputShift
 
     scales, biased, magnitudes = Scales(config, Budget()), flag(config, "lora_bias"), flag(config, "use_dora")
+    for module, a in modules_in(tensors, EMBEDDING_A):
+        scale = scales.of(module, a.shape[0]) * base.shapes.embedding_scale
+        yield module, EmbeddingLowRank(a.mT, scale * tensor_of(tensors, module, EMBEDDING_B).mT)
     for module, a in modules_in(tensors, A):
         scale = scales.of(module, a.shape[0])
         b = scale * tensor_of(tensors, module, B).mT
