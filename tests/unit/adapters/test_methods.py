@@ -352,3 +352,30 @@ def test_an_adaption_prompt_needs_attention_that_it_knows() -> None:
         methods.describe(GATED | {"target_modules": "attn2"}, gated_headers(), BASE, max_rank=1)
     with pytest.raises(InvalidArtifact, match="this base needs"):
         methods.describe(GATED | {"target_modules": "attn2"}, gated_headers(5), LLAMA, max_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "feed_forward", "kv", "rank", "parameters"),
+    [
+        (32, 4096, 11008, 4096, 64, 159_907_840),
+        (40, 5120, 13824, 5120, 64, 250_347_520),
+        (80, 8192, 22016, 8192, 64, 799_539_200),
+        (32, 4096, 14336, 1024, 16, 41_943_040),
+    ],
+    ids=["LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-3-8B"],
+)
+def test_parameter_counts_of_real_bases(
+    layers: int, hidden: int, feed_forward: int, kv: int, rank: int, parameters: int
+) -> None:
+    widths = {"q_proj": hidden, "k_proj": kv, "v_proj": kv, "gate_proj": feed_forward, "up_proj": feed_forward}
+    shapes = {name: LinearShape(width, hidden) for name, width in widths.items()}
+    shapes |= {"o_proj": LinearShape(hidden, hidden), "down_proj": LinearShape(hidden, feed_forward)}
+    linears = {f"layers.{layer}.{name}": shape for layer in range(layers) for name, shape in shapes.items()}
+    headers = {}
+    for module, shape in linears.items():
+        headers[f"base_model.model.{module}.lora_A.weight"] = TensorHeader("F32", (rank, shape.in_features))
+        headers[f"base_model.model.{module}.lora_B.weight"] = TensorHeader("F32", (shape.out_features, rank))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": "all-linear"}
+    spec = methods.describe(config, headers, BaseShapes(linears, "e", hidden, ()), max_rank=64)
+    assert spec.parameters == parameters
+    assert spec.resident_bytes == 2 * parameters

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
@@ -61,3 +62,20 @@ def test_leading_dimensions_are_kept() -> None:
     layer, x = layer_of(64, 128, bias=True, dtype=torch.float32), inputs(6, 128)
     choose_layout(layer, packed=False)
     torch.testing.assert_close(nf4_linear(x.view(1, 6, 128), layer)[0], nf4_linear(x, layer))
+
+
+# QLoRA, Dettmers et al. 2023, appendix E.
+NF4_CODES = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0,
+             0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1]  # fmt: skip
+
+
+def test_nf4_is_that_of_the_paper() -> None:
+    codes = get_4bit_type("nf4", device="cpu")
+    torch.testing.assert_close(codes, torch.tensor(NF4_CODES, dtype=codes.dtype), rtol=0, atol=1e-7)
+    values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=True)
+    error = dequantize_4bit(packed, state) - values
+    assert error.abs().mean().item() == pytest.approx(0.0728, abs=4e-4)
+    assert error.square().mean().sqrt().item() == pytest.approx(0.0920, abs=4e-4)
+    bits = 8 * (packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes) / values.numel()
+    assert bits == pytest.approx(4.127, abs=1e-3)
