@@ -5,9 +5,10 @@
     python benchmarks/serving.py --mix                          # 12 methods in one batch beside 12 LoRA adapters
 
 A case is ROWSxDISTINCT: that many completions at once, spread over that many LoRA adapters of rank 16; 0 is the base
-alone. Each row has 32 prompt tokens; the decode step is a mean over 24 steps, the prefill a run of two tokens. Every
-run starts both systems afresh, taking turns at going first, and figures are medians over runs. The table goes to
-standard error; the last line of standard output is one JSON document, whose ratios are above 1 where Hatrack is faster.
+alone. Each row has 32 prompt tokens; the decode step is a mean over 24 steps, the prefill what passes until the second
+token. Every run starts both systems afresh, taking turns at going first, and figures are medians over runs. The table
+goes to standard error; the last line of standard output is one JSON document, whose ratios are above 1 where Hatrack is
+faster.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def inspect(
         from hatrack_server.model.checkpoint import resolve_checkpoint
         from hatrack_server.model.shapes import shapes_of_checkpoint
 
-        shapes = shapes_of_checkpoint(resolve_checkpoint(model))
+        shapes = shapes_of_checkpoint(resolve_checkpoint(model, weights=False))
         spec = gate.describe(folder, shapes, max_rank=max_rank)
     adapted = {module for module in shapes.linears if any(f".{module}." in key for key in spec.tensors)}
     targets = {module.rpartition(".")[2] for module in adapted}
@@ -113,7 +113,7 @@ def inspect(
         ("method", spec.method),
         ("targets", ", ".join(sorted(targets)) or "none by name"),
         ("rank", str(spec.rank or "none")),
-        ("virtual tokens", str(spec.soft_tokens + spec.prefix_tokens)),
+        ("virtual tokens", str(spec.virtual_tokens)),
         ("parameters", f"{spec.parameters:,}"),
         ("when resident", f"{spec.resident_bytes:,} bytes"),
         ("accepted", "yes, by a server of this base"),

@@ -140,6 +140,11 @@ class ProgramSpec:
     soft_tokens: int = 0  # see Artifact
     prefix_tokens: int = 0
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Both."""
+        return self.soft_tokens + self.prefix_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:

@@ -182,3 +182,12 @@ class TestInspect:
         assert err.startswith("hatrack: adapter_config.json: r: ")
         assert self.run(capsys, tmp_path / "absent", "--model", tiny_llama)[0] == 2
         assert self.run(capsys, tmp_path, "--model", tmp_path / "absent")[0] == 2
+
+    def test_the_bases_configuration_is_enough(
+        self, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        make_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path, seed=0, target_modules=["q_proj"])
+        bare = tmp_path / "base"
+        bare.mkdir()
+        (bare / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+        assert self.run(capsys, tmp_path, "--model", bare)[0] == 0

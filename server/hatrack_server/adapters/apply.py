@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hatrack_server.adapters.pieces import KeyValuePrefix, Stage
+from hatrack_server.adapters.pieces import Stage
 from hatrack_server.adapters.pools import Pool
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.kernels.runs import Run, merge_runs
@@ -86,7 +86,7 @@ def _effects(segments: list[tuple[Row, int]]) -> dict[str, ModuleEffect]:
     modules: dict[str, dict[Pool, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for row, start in segments:
         for place in row.slot.places if row.slot else ():
-            if place.pool.kind is not KeyValuePrefix:  # the cache holds it: a forward pass has nothing to do for it
+            if place.pool.kind.stage is not Stage.CACHE:
                 run = Run(start, row.tokens, place.row, position=row.position)
                 modules[place.pool.module][place.pool].append(run)
     return {

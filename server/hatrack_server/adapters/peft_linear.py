@@ -4,12 +4,14 @@ that it asks for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hatrack.manifest import WEIGHTS_FILE
-from hatrack_server.adapters.peft_targets import config_field
+from hatrack_server.adapters.patterns import Budget
+from hatrack_server.adapters.peft_targets import ModulePatterns, config_field
 from hatrack_server.adapters.rank_class import rank_class
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "base_model.model."
+DEFAULT_RANK = 8  # of the methods that RanksAndScales reads
+DEFAULT_ALPHA = 8
 FLOAT32_MAX = 3.4028234663852886e38
 
 # What any method's configuration may hold without a change of its output: records, and what concerns training alone.
@@ -48,7 +52,7 @@ def low_rank_size(rank: int, linear: LinearShape) -> int:
 
 def refuse_unknown(config: Mapping[str, Any], read: Iterable[str], harmless: Iterable[str] = ()) -> None:
     """Raises InvalidArtifact naming the first key that is on and neither `read` nor `harmless` to the output."""
-    for key in config.keys() - TARGET_KEYS - HARMLESS_KEYS - set(read) - set(harmless):
+    for key in config.keys() - HARMLESS_KEYS - set(read) - set(harmless):
         if is_on(config[key]):
             raise InvalidArtifact(config_field(key), f"{key} is not supported")
 
@@ -64,6 +68,35 @@ def flag(config: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool):
         raise InvalidArtifact(config_field(key), "must be true or false")
     return value
+
+
+class RanksAndScales:
+    """Rank and scale of each module, as `r`, `alpha_key`, rank_pattern and alpha_pattern set them."""
+
+    def __init__(
+        self, config: Mapping[str, Any], budget: Budget, *, alpha_key: str, rank_stabilised: bool = False
+    ) -> None:
+        self._ranks = ModulePatterns(config, "rank_pattern", budget)
+        self._alphas = ModulePatterns(config, "alpha_pattern", budget)
+        self._rank = config.get("r", DEFAULT_RANK)
+        self._alpha = config.get(alpha_key, DEFAULT_ALPHA)
+        self._alpha_key = alpha_key
+        self._rank_stabilised = rank_stabilised
+
+    def rank(self, module: str) -> int:
+        """Raises InvalidArtifact when it is no positive integer."""
+        return rank_of(module, self._ranks.value(module, self._rank))
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / rank, or alpha / √rank; raises InvalidArtifact when that is no finite float32."""
+        alpha = self._alphas.value(module, self._alpha)
+        return scale_of(module, alpha, math.sqrt(rank) if self._rank_stabilised else rank, self._alpha_key)
+
+
+def refuse_trained_biases(config: Mapping[str, Any]) -> None:
+    """Raises InvalidArtifact when the base's own biases were trained, too."""
+    if config.get("bias", "none") != "none":
+        raise InvalidArtifact(config_field("bias"), 'trained biases are not supported; only "none" is')
 
 
 def rank_of(module: str, rank: Any, key: str = "r") -> int:

@@ -7,8 +7,8 @@ layer, at the embedding, or at an attention layer.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,25 +24,29 @@ from hatrack_server.kernels.runs import Run
 class Stage(enum.IntEnum):
     """When a piece acts, where a program has several at one module."""
 
-    INPUT = 0  # on x, before the base's product
-    SUM = 1  # what is added to the base's output y
-    SCALE = 2  # what y is then multiplied with
-    SHIFT = 3  # what no scale touches
+    CACHE = 0  # before any pass: the engine puts it into the KV cache, and a pass has nothing to do for it
+    INPUT = 1  # on x, before the base's product
+    SUM = 2  # what is added to the base's output y
+    SCALE = 3  # what y is then multiplied with
+    SHIFT = 4  # what no scale touches
 
 
-class Piece(Protocol):
-    """Tensors, and what they do. Pieces of one class and equal `shapes` are stacked in one pool."""
+@dataclass(frozen=True)
+class Piece:
+    """Tensors, the fields of each kind, and what they do. Pieces of one kind and equal `shapes` share a pool."""
 
-    stage: ClassVar[Stage]
-    dtype: ClassVar[torch.dtype | None]  # what a pool holds; None is the dtype that the base computes in
+    stage: ClassVar[Stage] = Stage.SUM
+    dtype: ClassVar[torch.dtype | None] = None  # what a pool holds; None is the dtype that the base computes in
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which `act` takes their stacks."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """What a pool pads each tensor to, with zeros, which change nothing."""
+        """What a pool pads each tensor to, with zeros: its own, unless a kind knows better."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors)
 
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
@@ -50,14 +54,12 @@ class Piece(Protocol):
 
         x[T, …] is what the module got: a linear layer its input, the embedding token ids, attention its queries.
         """
+        raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
+@dataclass(frozen=True)
+class LowRank(Piece):
     """y += (x aᵀ) b, the method's scale folded into b."""
-
-    stage: ClassVar[Stage] = Stage.SUM
-    dtype: ClassVar[torch.dtype | None] = None
 
     a: Tensor  # [r, in]
     b: Tensor  # [r, out]
@@ -66,11 +68,6 @@ class LowRank:
     def rank(self) -> int:
         """r."""
         return self.a.shape[0]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """a, b."""
-        return self.a, self.b
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -85,25 +82,12 @@ class LowRank:
         add_low_rank(values, x, a, b, runs)
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingLowRank:
+@dataclass(frozen=True)
+class EmbeddingLowRank(Piece):
     """y += a[id] b at the embedding, the method's scale folded into b."""
-
-    stage: ClassVar[Stage] = Stage.SUM
-    dtype: ClassVar[torch.dtype | None] = None
 
     a: Tensor  # [vocabulary, r]
     b: Tensor  # [r, width]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """a, b."""
-        return self.a, self.b
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Their own: a row of `a` is looked up, not multiplied with."""
-        return tuple(self.a.shape), tuple(self.b.shape)
 
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
@@ -112,25 +96,12 @@ class EmbeddingLowRank:
         add_embedded(values, x, a, b, runs)
 
 
-@dataclass(frozen=True, slots=True)
-class Kronecker:
+@dataclass(frozen=True)
+class Kronecker(Piece):
     """y += (w1 ⊗ w2) x, never made, the method's scale folded into w1."""
-
-    stage: ClassVar[Stage] = Stage.SUM
-    dtype: ClassVar[torch.dtype | None] = None
 
     w1: Tensor  # [l, p]
     w2: Tensor  # [k, q], where in = p·q and out = l·k
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """w1, w2."""
-        return self.w1, self.w2
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Their own: padding would change how x is cut."""
-        return tuple(self.w1.shape), tuple(self.w2.shape)
 
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
@@ -139,130 +110,77 @@ class Kronecker:
         add_kronecker(values, x, w1, w2, runs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Vector:
-    """One number per feature, in float32: it meets each of them once, so its rounding would show."""
+@dataclass(frozen=True)
+class _Scale(Piece):
+    """In float32, like all vectors: it meets each feature once, so its rounding would show."""
 
     dtype: ClassVar[torch.dtype | None] = torch.float32
 
-    vector: Tensor  # [in] or [out]
+    vector: Tensor
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The vector."""
-        return (self.vector,)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Its own."""
-        return (tuple(self.vector.shape),)
+    @staticmethod
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        multiply_vector(values, stacks[0], runs)
 
 
-class InputScale(_Vector):
+@dataclass(frozen=True)
+class InputScale(_Scale):
     """x *= vector[in]."""
 
     stage: ClassVar[Stage] = Stage.INPUT
 
-    @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:  # noqa: ARG004
-        """See Piece."""
-        multiply_vector(values, stacks[0], runs)
 
-
-class OutputScale(_Vector):
+@dataclass(frozen=True)
+class OutputScale(_Scale):
     """y *= vector[out], the base's bias included."""
 
     stage: ClassVar[Stage] = Stage.SCALE
 
-    @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:  # noqa: ARG004
-        """See Piece."""
-        multiply_vector(values, stacks[0], runs)
 
-
-class OutputShift(_Vector):
+@dataclass(frozen=True)
+class OutputShift(Piece):
     """y += vector[out]."""
 
     stage: ClassVar[Stage] = Stage.SHIFT
+    dtype: ClassVar[torch.dtype | None] = torch.float32
+
+    vector: Tensor
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:  # noqa: ARG004
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         add_vector(values, stacks[0], runs)
 
 
-@dataclass(frozen=True, slots=True)
-class SoftPrompt:
+@dataclass(frozen=True)
+class SoftPrompt(Piece):
     """Embeddings in place of those of a sequence's first tokens."""
-
-    stage: ClassVar[Stage] = Stage.SUM
-    dtype: ClassVar[torch.dtype | None] = None
 
     rows: Tensor  # [n, width]
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The rows."""
-        return (self.rows,)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Its own."""
-        return (tuple(self.rows.shape),)
-
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:  # noqa: ARG004
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         replace_first(values, stacks[0], runs)
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValuePrefix:
-    """Keys and values at the first positions of one attention layer's cache: the engine puts them there.
+@dataclass(frozen=True)
+class KeyValuePrefix(Piece):
+    """Keys and values at the first positions of one attention layer's cache."""
 
-    They act through the cache alone, so a forward pass has nothing to do for them.
-    """
-
-    stage: ClassVar[Stage] = Stage.SUM
-    dtype: ClassVar[torch.dtype | None] = None
+    stage: ClassVar[Stage] = Stage.CACHE
 
     keys: Tensor  # [n, kv_heads, key dim]
     values: Tensor  # [n, kv_heads, value dim]
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Keys, values."""
-        return self.keys, self.values
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Their own."""
-        return tuple(self.keys.shape), tuple(self.values.shape)
-
-    @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
-        """Does nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class GatedPrefix:
+@dataclass(frozen=True)
+class GatedPrefix(Piece):
     """What one attention layer gives, plus gate * softmax(q kᵀ / √d) v over keys that no position has."""
-
-    stage: ClassVar[Stage] = Stage.SUM
-    dtype: ClassVar[torch.dtype | None] = None
 
     keys: Tensor  # [n, kv_heads, head_dim]
     values: Tensor  # [n, kv_heads, head_dim], the gate folded in
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Keys, values."""
-        return self.keys, self.values
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Their own: a padded key would take weight from the others."""
-        return tuple(self.keys.shape), tuple(self.values.shape)
 
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:

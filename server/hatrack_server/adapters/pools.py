@@ -106,11 +106,7 @@ class Pools:
         self._dtype = dtype
         self._device = device
         self._pools: dict[tuple[object, ...], Pool] = {}
-
-    @property
-    def bytes(self) -> int:
-        """What all pools take, free rows included. Any thread may ask."""
-        return sum(pool.capacity * pool.row_bytes for pool in tuple(self._pools.values()))
+        self.bytes = 0  # what all pools take, free rows included; any thread may ask, as every step does
 
     def size(self, pieces: Pieces) -> int:
         """What the pieces take, padded as they will be."""
@@ -141,7 +137,9 @@ class Pools:
 
     def trim(self) -> bool:
         """Gives the memory of every pool's free rows behind its last taken one back; False when there are none."""
-        return sum(pool.trim() for pool in self._pools.values()) > 0  # every one, not up to the first
+        trimmed = sum(pool.trim() for pool in self._pools.values())  # every one, not up to the first
+        self._count_bytes()
+        return trimmed > 0
 
     def _of_all(self, pieces: Pieces) -> Iterator[Pool]:
         return (self._of(module, piece) for module, piece in pieces)
@@ -166,3 +164,7 @@ class Pools:
         generous = self.bytes + sum(pool.row_bytes * (1 + pool.capacity // 2) for pool in full) <= self.budget
         for pool in full:
             pool.grow(1 + pool.capacity // 2 if generous else 1)
+        self._count_bytes()
+
+    def _count_bytes(self) -> None:
+        self.bytes = sum(pool.capacity * pool.row_bytes for pool in self._pools.values())

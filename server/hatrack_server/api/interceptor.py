@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -37,8 +38,9 @@ class _OwnServices(grpc.aio.ServerInterceptor):
             return handler
         return self._change(handler)
 
+    @abstractmethod
     def _change(self, handler: Any) -> Any:
-        raise NotImplementedError
+        """The handler to call in place of this one."""
 
 
 class Around(_OwnServices):

@@ -34,10 +34,7 @@ from hatrack_server.types import Artifact
 SECOND_SCHEMA = """
 ALTER TABLE versions DROP COLUMN verified;
 ALTER TABLE versions DROP COLUMN warnings;
-ALTER TABLE versions ADD COLUMN trained_on TEXT
-"""
-
-THIRD_SCHEMA = """
+ALTER TABLE versions ADD COLUMN trained_on TEXT;
 ALTER TABLE versions ADD COLUMN soft_tokens INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE versions ADD COLUMN prefix_tokens INTEGER NOT NULL DEFAULT 0
 """
@@ -63,7 +60,7 @@ class Catalog:
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, _lock_directory(data_dir))
             first = resources.files(__package__).joinpath("schema.sql").read_text()
-            self._database = Database(data_dir / "catalog.sqlite3", (first, SECOND_SCHEMA, THIRD_SCHEMA))
+            self._database = Database(data_dir / "catalog.sqlite3", (first, SECOND_SCHEMA))
             undo.callback(self._database.close)
             try:
                 self._store = Store(data_dir)
@@ -182,12 +179,12 @@ class Catalog:
         """
         with self._database.reading() as sql:
             adapter, version, digest = _resolve(sql, tenant, reference)
-            soft_tokens, prefix_tokens = rows.virtual_tokens(sql, adapter.id, version)
-            if rows.checked_against(sql, adapter.id, version) != (base.weights, base.quantization):
+            served = rows.served_version(sql, adapter.id, version)
+            if (served.base_weights, served.base_quantization) != (base.weights, base.quantization):
                 raise FailedPrecondition(f"{adapter.name}@{version} was checked against another base: upload it again")
             held = Held(adapter.id, version, digest)
             self._references.take(held)
-        artifact = Artifact(digest, self._store.path(digest), soft_tokens, prefix_tokens)
+        artifact = Artifact(digest, self._store.path(digest), served.soft_tokens, served.prefix_tokens)
         return Lease(adapter.name, version, artifact, lambda: self._release(held))
 
     def _release(self, held: Held) -> None:

@@ -42,9 +42,8 @@ def check(artifact: Artifact, base: BaseInfo, *, max_rank: int) -> Checked:
     or a manifest that names other content or another base's weights.
     """
     spec = describe(artifact.path, base.shapes, max_rank=max_rank)
-    virtual_tokens = spec.soft_tokens + spec.prefix_tokens
-    if virtual_tokens > base.max_model_len - 2:  # a prompt and a completion have at least one token each
-        message = f"{virtual_tokens} leave no room for text in the context of {base.max_model_len} tokens"
+    if spec.virtual_tokens > base.max_model_len - 2:  # a prompt and a completion have at least one token each
+        message = f"{spec.virtual_tokens} leave no room for text in the context of {base.max_model_len} tokens"
         raise InvalidArtifact(f"{CONFIG_FILE}: num_virtual_tokens", message)
     if not (artifact.path / MANIFEST_FILE).is_file():
         return Checked(spec, None)

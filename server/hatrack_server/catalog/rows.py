@@ -34,6 +34,15 @@ class AdapterRow(NamedTuple):
         return f"{self.id}-{self.revision}"
 
 
+class ServedVersion(NamedTuple):
+    """What a request needs to know of a version."""
+
+    base_weights: str  # of the base that it was checked against
+    base_quantization: str
+    soft_tokens: int  # see Artifact
+    prefix_tokens: int
+
+
 def find_salt(sql: sqlite3.Connection, tenant: str) -> bytes | None:
     """The tenant's salt, if it has one yet."""
     row = sql.execute("SELECT salt FROM tenants WHERE tenant = ?", (tenant,)).fetchone()
@@ -117,18 +126,13 @@ def ready_versions(sql: sqlite3.Connection, adapter_id: int) -> dict[int, str]:
     return dict(sql.execute(query, (adapter_id, READY)).fetchall())
 
 
-def checked_against(sql: sqlite3.Connection, adapter_id: int, version: int) -> tuple[str, str]:
-    """The base that a version was checked against: its weights' digest and its quantization."""
-    query = "SELECT base_weights, base_quantization FROM versions WHERE adapter_id = ? AND version = ?"
-    weights, quantization = sql.execute(query, (adapter_id, version)).fetchone()
-    return weights, quantization
-
-
-def virtual_tokens(sql: sqlite3.Connection, adapter_id: int, version: int) -> tuple[int, int]:
-    """A version's soft_tokens and prefix_tokens (see Artifact)."""
-    query = "SELECT soft_tokens, prefix_tokens FROM versions WHERE adapter_id = ? AND version = ?"
-    soft, prefix = sql.execute(query, (adapter_id, version)).fetchone()
-    return soft, prefix
+def served_version(sql: sqlite3.Connection, adapter_id: int, version: int) -> ServedVersion:
+    """What a request needs to know of a version that is there."""
+    query = (
+        "SELECT base_weights, base_quantization, soft_tokens, prefix_tokens"
+        " FROM versions WHERE adapter_id = ? AND version = ?"
+    )
+    return ServedVersion(*sql.execute(query, (adapter_id, version)).fetchone())
 
 
 def mark_deleting(sql: sqlite3.Connection, adapter_id: int, version: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hatrack_server.adapters.apply import BatchEffects
-from hatrack_server.adapters.pieces import KeyValuePrefix
+from hatrack_server.adapters.pieces import Stage
 from hatrack_server.adapters.slots import ProgramSlots
 from hatrack_server.engine.blocks import KVBlocks
 from hatrack_server.engine.messages import DEADLINE_ERROR
@@ -146,7 +146,7 @@ class Engine:
         ready = slice(sequence.computed - work.ready, sequence.computed)
         slots = self._kv_slots(sequence, ready.stop)[ready]
         for place in self.slots[sequence.digest].places:
-            if place.pool.kind is KeyValuePrefix:
+            if place.pool.kind.stage is Stage.CACHE:
                 keys, values = (stack[place.row, ready] for stack in place.pool.stacks)
                 self.model.write_kv(place.pool.module, slots, keys, values)
 

@@ -31,10 +31,10 @@ def nf4_linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def dequantized(layer: nn.Linear) -> Tensor:
-    """The layer's weight [out, in] in full, float32; right only while it has the canonical layout."""
+    """The layer's weight [out, in], in the dtype it was quantised from; right only in the canonical layout."""
     if isinstance(layer, Linear4bit):
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    return layer.weight.detach().float()
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return layer.weight.detach()
 
 
 def nf4_linear_reference(x: Tensor, layer: Linear4bit) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from hatrack.manifest import BaseIdentity, file_sha256
@@ -13,30 +14,32 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 FILE_PATTERNS = (*WEIGHT_PATTERNS, "*.json", "*.jinja")
 
 
-def resolve_checkpoint(path_or_id: str) -> Path:
+def resolve_checkpoint(path_or_id: str, *, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded into the hub's own cache first.
+
+    Without `weights`, its configuration is enough.
 
     Raises StartupError, in one sentence, when there is no such checkpoint or a file is missing.
     """
     path = Path(path_or_id)
     if not path.is_dir():
-        path = _download(path_or_id)
-    for name in ("config.json", "tokenizer.json"):
+        path = _download(path_or_id, FILE_PATTERNS if weights else ("config.json",))
+    for name in ("config.json", "tokenizer.json") if weights else ("config.json",):
         if not (path / name).is_file():
             raise StartupError(f"model {path_or_id} has no {name}")
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         raise StartupError(f"model {path_or_id} has no *.safetensors weights")
     return path
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if hub_id.startswith(("/", ".", "~")) or hub_id.count("/") > 1:
         raise StartupError(f"model path {hub_id} does not exist")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(FILE_PATTERNS)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         raise StartupError(f"model {hub_id} is neither a folder nor a hub id that can be downloaded") from None
 

@@ -41,4 +41,7 @@ class FrozenLayers:
 
 def squared_norms(linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
     """Of every row of every weight: float32 [out]. To be read before a forward pass packs the weights."""
-    return {name: dequantized(layer).square().sum(1) for name, layer in linears.items()}
+    return {
+        name: torch.linalg.vector_norm(dequantized(layer), dim=1, dtype=torch.float32).square()
+        for name, layer in linears.items()
+    }

@@ -33,7 +33,7 @@ def shapes_of_checkpoint(checkpoint: Path) -> BaseShapes:
 
 
 def base_shapes(
-    model: PreTrainedModel, linears: Mapping[str, nn.Module], attention: Iterable[str], cache: DynamicCache
+    model: PreTrainedModel, linears: Mapping[str, nn.Linear | Conv1D], attention: Iterable[str], cache: DynamicCache
 ) -> BaseShapes:
     """From a model's linear layers and attention modules by name, and the cache of a forward pass."""
     embedding = model.get_input_embeddings()
@@ -52,7 +52,7 @@ def kv_shapes(cache: DynamicCache) -> list[tuple[int, int, int]]:
     return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     """All that adapters may target, by name. GPT-2's Conv1D is one, and a plain linear layer once it is quantised."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
 
@@ -68,7 +68,7 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return dict(found[layer] for layer in layers) if found.keys() == set(layers) else {}
 
 
-def _linear_shape(layer: nn.Module) -> LinearShape:
+def _linear_shape(layer: nn.Linear | Conv1D) -> LinearShape:
     if isinstance(layer, Conv1D):
         return LinearShape(layer.weight.shape[1], layer.weight.shape[0])
-    return LinearShape(layer.out_features, layer.in_features)  # type: ignore[arg-type]
+    return LinearShape(layer.out_features, layer.in_features)

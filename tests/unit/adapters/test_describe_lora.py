@@ -105,8 +105,8 @@ def test_selects_ranks_and_scales_as_peft_does(fresh: Fresh, tmp_path: Path, opt
             for key, shape in spec.tensors.items()
             if key.endswith(".lora_A.weight")
         }
-        scales = lora.Scales(config, Budget())
-        assert {module: (rank, scales.of(module, rank)) for module, rank in ranks.items()} == layers_of(oracle)
+        settings = lora._ranks_and_scales(config, Budget())
+        assert {module: (rank, settings.scale(module, rank)) for module, rank in ranks.items()} == layers_of(oracle)
     assert spec.tensors == {key: header.shape for key, header in headers.items()}
     assert spec.rank == max(rank for rank, _ in layers_of(loaded).values())
     assert spec.parameters == model.get_nb_trainable_parameters()[0]

@@ -137,14 +137,6 @@ def applied(pieces: Pieces, layer: str, x: Tensor, net: Net) -> Tensor:
     return y
 
 
-@pytest.fixture(autouse=True)
-def double() -> Any:
-    """float64 throughout: VeRA draws its matrices in the default dtype."""
-    before = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(before)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_pieces_do_what_peft_does(name: str, tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ def describe(
     return method_of(config).describe(config, headers, base, max_rank=max_rank)
 
 
-def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers
-) -> Pieces:
+def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers) -> Pieces:
     """The pieces of an artifact that `describe` let pass, from its tensors in whatever precision they have.
 
     At most one of a kind at each layer.

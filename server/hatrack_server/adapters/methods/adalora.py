@@ -90,10 +90,10 @@ def _scale(config: Mapping[str, Any]) -> float:
     return scale if alpha > 0 else initial / (initial + 1e-5)  # PEFT's reading of alpha 0 and below
 
 
-def compile(  # noqa: A001 - it is what this does
+def compile(
     config: dict[str, Any],
     tensors: Mapping[str, Tensor],
-    base: BaseLayers,  # noqa: ARG001 - only its shapes matter, which `describe` has checked
+    base: BaseLayers,
 ) -> Iterator[tuple[str, Piece]]:
     """See `methods.compile`."""
     from hatrack_server.adapters.pieces import LowRank

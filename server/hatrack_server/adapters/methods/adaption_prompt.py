@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack_server.adapters.peft_linear import (
-    HARMLESS_KEYS,
     PREFIX,
     check_tensors,
-    is_on,
     modules_in,
     precise,
+    refuse_unknown,
     tensor_of,
 )
 from hatrack_server.adapters.peft_targets import config_field
@@ -40,12 +39,10 @@ def describe(
     headers: Mapping[str, TensorHeader],
     base: BaseShapes,
     *,
-    max_rank: int,  # noqa: ARG001 - there is no rank
+    max_rank: int,
 ) -> ProgramSpec:
     """See `methods.describe`."""
-    for key in config.keys() - READ_KEYS - HARMLESS_KEYS:
-        if is_on(config[key]):
-            raise InvalidArtifact(config_field(key), f"{key} is not supported")
+    refuse_unknown(config, READ_KEYS)
     length = _count(config, "adapter_len")
     layers = _count(config, "adapter_layers")
     if layers > len(base.attention):
@@ -85,8 +82,8 @@ def _check_attention(config: Mapping[str, Any], adapted: tuple[AttentionShape, .
             raise InvalidArtifact(config_field("peft_type"), message)
 
 
-def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any],  # noqa: ARG001 - the tensors tell all
+def compile(
+    config: dict[str, Any],
     tensors: Mapping[str, Tensor],
     base: BaseLayers,
 ) -> Iterator[tuple[str, Piece]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack_server.adapters.patterns import Budget, Pattern
-from hatrack_server.adapters.peft_linear import Adapted, modules_in, precise, refuse_unknown, spec_of
+from hatrack_server.adapters.peft_linear import TARGET_KEYS, Adapted, modules_in, precise, refuse_unknown, spec_of
 from hatrack_server.adapters.peft_targets import Predicate, config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
@@ -34,7 +34,7 @@ def describe(
     max_rank: int,
 ) -> ProgramSpec:
     """See `methods.describe`; vectors have no rank, so it is 0."""
-    refuse_unknown(config, {"feedforward_modules"}, {"init_ia3_weights"})
+    refuse_unknown(config, TARGET_KEYS | {"feedforward_modules"}, {"init_ia3_weights"})
     budget = Budget()
     is_feedforward = _feedforward(config, budget)
     adapted = []
@@ -55,10 +55,10 @@ def _feedforward(config: Mapping[str, Any], budget: Budget) -> Predicate:
     return lambda module: module.endswith(tuple(modules))
 
 
-def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any],  # noqa: ARG001 - the tensors' shapes tell all
+def compile(
+    config: dict[str, Any],
     tensors: Mapping[str, Tensor],
-    base: BaseLayers,  # noqa: ARG001
+    base: BaseLayers,
 ) -> Iterator[tuple[str, Piece]]:
     """See `methods.compile`."""
     from hatrack_server.adapters.pieces import InputScale, OutputScale

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from hatrack_server.adapters.patterns import Budget
 from hatrack_server.adapters.peft_linear import (
     PREFIX,
+    TARGET_KEYS,
     Adapted,
+    RanksAndScales,
     flag,
-    rank_of,
     refuse_unknown,
-    scale_of,
     spec_of,
     tensor_of,
 )
-from hatrack_server.adapters.peft_targets import ModulePatterns, config_field, matched_modules
+from hatrack_server.adapters.peft_targets import config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
 from hatrack_server.types import BaseShapes, ProgramSpec
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from hatrack_server.adapters.pieces import Piece
 
 PEFT_TYPE = "LOKR"
-DEFAULT_RANK = 8
-DEFAULT_ALPHA = 8
-READ_KEYS = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"})
+READ_KEYS = TARGET_KEYS | frozenset(
+    {"r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"}
+)
 # `use_effective_conv2d` concerns convolutions, which no base here has.
 HARMLESS_KEYS = frozenset({
     "init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d",
@@ -51,14 +51,14 @@ def describe(
     """See `methods.describe`; the rank is r, that of ΔW is higher."""
     refuse_unknown(config, READ_KEYS, HARMLESS_KEYS)
     budget = Budget()
-    ranks, alphas = ModulePatterns(config, "rank_pattern", budget), ModulePatterns(config, "alpha_pattern", budget)
+    settings = RanksAndScales(config, budget, alpha_key="alpha")
     both, divisor = flag(config, "decompose_both"), config.get("decompose_factor", -1)
     if type(divisor) is not int or (divisor < 1 and divisor != -1):
         raise InvalidArtifact(config_field("decompose_factor"), "must be a positive integer, or -1")
     adapted = []
     for module in matched_modules(config, base.linears, budget):
-        linear, r = base.linears[module], rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
-        scale_of(module, alphas.value(module, config.get("alpha", DEFAULT_ALPHA)), r, "alpha")
+        linear, r = base.linears[module], settings.rank(module)
+        settings.scale(module, r)
         rows1, rows2 = factorized(linear.out_features, divisor)
         columns1, columns2 = factorized(linear.in_features, divisor)
         shapes = _factor("lokr_w1", rows1, columns1, r, whole=not both or r >= max(rows1, columns1) / 2)
@@ -83,19 +83,17 @@ def _factor(name: str, rows: int, columns: int, r: int, *, whole: bool) -> dict[
     return {name: (rows, columns)} if whole else {f"{name}_a": (rows, r), f"{name}_b": (r, columns)}
 
 
-def compile(  # noqa: A001 - it is what this does
+def compile(
     config: dict[str, Any],
     tensors: Mapping[str, Tensor],
-    base: BaseLayers,  # noqa: ARG001 - only its shapes matter, which `describe` has checked
+    base: BaseLayers,
 ) -> Iterator[tuple[str, Piece]]:
     """See `methods.compile`."""
     from hatrack_server.adapters.pieces import Kronecker
 
-    budget = Budget()
-    ranks, alphas = ModulePatterns(config, "rank_pattern", budget), ModulePatterns(config, "alpha_pattern", budget)
+    settings = RanksAndScales(config, Budget(), alpha_key="alpha")
     for module in dict.fromkeys(key.removeprefix(PREFIX).rpartition(".lokr_")[0] for key in tensors):
-        r = rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
-        scale = scale_of(module, alphas.value(module, config.get("alpha", DEFAULT_ALPHA)), r, "alpha")
+        scale = settings.scale(module, settings.rank(module))
         yield module, Kronecker(scale * _matrix(tensors, module, "lokr_w1"), _matrix(tensors, module, "lokr_w2"))
 
 

@@ -9,24 +9,24 @@ and scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA. DoRA then multiplies
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack_server.adapters.patterns import Budget
 from hatrack_server.adapters.peft_linear import (
+    TARGET_KEYS,
     Adapted,
+    RanksAndScales,
     flag,
     low_rank_size,
     modules_in,
     precise,
-    rank_of,
+    refuse_trained_biases,
     refuse_unknown,
-    scale_of,
     spec_of,
     tensor_of,
 )
-from hatrack_server.adapters.peft_targets import ALL_LINEAR, ModulePatterns, config_field, matched_modules
+from hatrack_server.adapters.peft_targets import ALL_LINEAR, config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
 from hatrack_server.types import BaseShapes, ProgramSpec
@@ -38,12 +38,10 @@ if TYPE_CHECKING:
     from hatrack_server.adapters.pieces import Piece
 
 PEFT_TYPE = "LORA"
-DEFAULT_RANK = 8
-DEFAULT_ALPHA = 8
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 A, B, B_BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 
-READ_KEYS = frozenset({
+READ_KEYS = TARGET_KEYS | frozenset({
     "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "bias",
     "init_lora_weights",
 })  # fmt: skip
@@ -67,12 +65,12 @@ def describe(
     refuse_unknown(config, READ_KEYS, HARMLESS_KEYS)
     refuse_changed_base(config)
     budget = Budget()
-    ranks, scales = ModulePatterns(config, "rank_pattern", budget), Scales(config, budget)
+    settings = _ranks_and_scales(config, budget)
     biased, magnitudes = flag(config, "lora_bias"), flag(config, "use_dora")
     adapted = []
     for module in matched_modules(config, _candidates(config, base), budget):
-        rank = rank_of(module, ranks.value(module, config.get("r", DEFAULT_RANK)))
-        scales.of(module, rank)
+        rank = settings.rank(module)
+        settings.scale(module, rank)
         if module == base.embedding:
             adapted.append(_embedding(module, rank, base, magnitudes=magnitudes))
             continue
@@ -80,8 +78,8 @@ def describe(
         shapes: dict[str, tuple[int, ...]] = {A: (rank, linear.in_features), B: (linear.out_features, rank)}
         shapes |= {B_BIAS: (linear.out_features,)} if biased else {}
         shapes |= {MAGNITUDE: (linear.out_features,)} if magnitudes else {}
-        vectors = biased + 2 * magnitudes  # in float32: the shift, or the scale and what keeps the base's bias from it
-        resident = low_rank_size(rank, linear) + 2 * min(vectors, 2) * linear.out_features
+        vectors = 2 if magnitudes else int(biased)  # in float32: scale and shift, or the shift alone
+        resident = low_rank_size(rank, linear) + 2 * vectors * linear.out_features
         adapted.append(Adapted(module, shapes, rank, resident))
     return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
@@ -99,42 +97,30 @@ def _embedding(module: str, rank: int, base: BaseShapes, *, magnitudes: bool) ->
     return Adapted(module, shapes, rank, rank * (base.embedding_rows + base.width))
 
 
-class Scales:
-    """alpha / rank of each module, as the configuration sets them."""
-
-    def __init__(self, config: Mapping[str, Any], budget: Budget) -> None:
-        self._alphas = ModulePatterns(config, "alpha_pattern", budget)
-        self._default = config.get("lora_alpha", DEFAULT_ALPHA)
-        self._rank_stabilised = flag(config, "use_rslora")
-
-    def of(self, module: str, rank: int) -> float:
-        """Raises InvalidArtifact when alpha is no number, or the scale not finite in float32."""
-        alpha = self._alphas.value(module, self._default)
-        return scale_of(module, alpha, math.sqrt(rank) if self._rank_stabilised else rank, "lora_alpha")
+def _ranks_and_scales(config: Mapping[str, Any], budget: Budget) -> RanksAndScales:
+    return RanksAndScales(config, budget, alpha_key="lora_alpha", rank_stabilised=flag(config, "use_rslora"))
 
 
 def refuse_changed_base(config: Mapping[str, Any]) -> None:
     """Raises InvalidArtifact when the adapter belongs to a base whose weights or biases its training changed."""
-    if config.get("bias", "none") != "none":
-        raise InvalidArtifact(config_field("bias"), 'trained biases are not supported; only "none" is')
+    refuse_trained_biases(config)
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool) and not (isinstance(init, str) and init.lower() in PLAIN_INITS):
         message = f"{init!r} changes the base's weights; save with path_initial_model_for_weight_conversion"
         raise InvalidArtifact(config_field("init_lora_weights"), message)
 
 
-def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers
-) -> Iterator[tuple[str, Piece]]:
+def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers) -> Iterator[tuple[str, Piece]]:
     """See `methods.compile`."""
     from hatrack_server.adapters.pieces import EmbeddingLowRank, LowRank, OutputScale, OutputShift
 
-    scales, biased, magnitudes = Scales(config, Budget()), flag(config, "lora_bias"), flag(config, "use_dora")
+    settings = _ranks_and_scales(config, Budget())
+    biased, magnitudes = flag(config, "lora_bias"), flag(config, "use_dora")
     for module, a in modules_in(tensors, EMBEDDING_A):
-        scale = scales.of(module, a.shape[0]) * base.shapes.embedding_scale
+        scale = settings.scale(module, a.shape[0]) * base.shapes.embedding_scale
         yield module, EmbeddingLowRank(a.mT, scale * tensor_of(tensors, module, EMBEDDING_B).mT)
     for module, a in modules_in(tensors, A):
-        scale = scales.of(module, a.shape[0])
+        scale = settings.scale(module, a.shape[0])
         b = scale * tensor_of(tensors, module, B).mT
         yield module, LowRank(a, b)
         shift = scale * tensor_of(tensors, module, B_BIAS) if biased else None

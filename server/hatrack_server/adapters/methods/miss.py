@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack_server.adapters.patterns import Budget
-from hatrack_server.adapters.peft_linear import Adapted, low_rank_size, modules_in, rank_of, refuse_unknown, spec_of
+from hatrack_server.adapters.peft_linear import (
+    TARGET_KEYS,
+    Adapted,
+    low_rank_size,
+    modules_in,
+    rank_of,
+    refuse_trained_biases,
+    refuse_unknown,
+    spec_of,
+)
 from hatrack_server.adapters.peft_targets import config_field, matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
@@ -34,9 +43,8 @@ def describe(
     max_rank: int,
 ) -> ProgramSpec:
     """See `methods.describe`."""
-    refuse_unknown(config, {"r", "bias", "init_weights"}, {"mini_r", "miss_dropout"})
-    if config.get("bias", "none") != "none":
-        raise InvalidArtifact(config_field("bias"), 'trained biases are not supported; only "none" is')
+    refuse_unknown(config, TARGET_KEYS | {"r", "bias", "init_weights"}, {"mini_r", "miss_dropout"})
+    refuse_trained_biases(config)
     if not isinstance(config.get("init_weights", True), bool):
         raise InvalidArtifact(config_field("init_weights"), "only MiSS itself is supported, not Bat or mini")
     r = rank_of("every module", config.get("r", DEFAULT_RANK))
@@ -48,8 +56,8 @@ def describe(
     return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
 
-def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any],  # noqa: ARG001 - the tensors tell all
+def compile(
+    config: dict[str, Any],
     tensors: Mapping[str, Tensor],
     base: BaseLayers,
 ) -> Iterator[tuple[str, Piece]]:

@@ -17,7 +17,7 @@ ENCODER_KEYS = frozenset({
     "encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type",
 })  # fmt: skip
 
-compile = prompt_tuning.compile  # noqa: A001 - it is what this does
+compile = prompt_tuning.compile
 
 
 def describe(
@@ -25,7 +25,7 @@ def describe(
     headers: Mapping[str, TensorHeader],
     base: BaseShapes,
     *,
-    max_rank: int,  # noqa: ARG001 - there is no rank
+    max_rank: int,
 ) -> ProgramSpec:
     """See `methods.describe`."""
     n = prompt_tuning.virtual_tokens(config, prompt_tuning.MADE_WITH_KEYS | ENCODER_KEYS)

@@ -35,7 +35,7 @@ def describe(
     headers: Mapping[str, TensorHeader],
     base: BaseShapes,
     *,
-    max_rank: int,  # noqa: ARG001 - there is no rank
+    max_rank: int,
 ) -> ProgramSpec:
     """See `methods.describe`; the base's attention layers must all be alike."""
     n = virtual_tokens(config, MADE_WITH_KEYS | PROJECTION_KEYS)
@@ -59,8 +59,8 @@ def _alike(attention: tuple[AttentionShape, ...]) -> AttentionShape:
     return attention[0]
 
 
-def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any],  # noqa: ARG001 - the tensor tells all
+def compile(
+    config: dict[str, Any],
     tensors: Mapping[str, Tensor],
     base: BaseLayers,
 ) -> Iterator[tuple[str, Piece]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack.manifest import WEIGHTS_FILE
-from hatrack_server.adapters.peft_linear import HARMLESS_KEYS, is_on
+from hatrack_server.adapters.peft_linear import refuse_unknown
 from hatrack_server.adapters.peft_targets import config_field
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
@@ -36,7 +36,7 @@ def describe(
     headers: Mapping[str, TensorHeader],
     base: BaseShapes,
     *,
-    max_rank: int,  # noqa: ARG001 - there is no rank
+    max_rank: int,
 ) -> ProgramSpec:
     """See `methods.describe`."""
     n = virtual_tokens(config, MADE_WITH_KEYS)
@@ -46,9 +46,7 @@ def describe(
 
 def virtual_tokens(config: Mapping[str, Any], harmless: frozenset[str]) -> int:
     """How many there are; raises InvalidArtifact when that is malformed, or a key is on that is not known."""
-    for key in config.keys() - READ_KEYS - HARMLESS_KEYS - harmless:
-        if is_on(config[key]):
-            raise InvalidArtifact(config_field(key), f"{key} is not supported")
+    refuse_unknown(config, READ_KEYS, harmless)
     if config.get("num_transformer_submodules", 1) not in (None, 1):
         raise InvalidArtifact(config_field("num_transformer_submodules"), "only decoders are served: it must be 1")
     n = config.get("num_virtual_tokens")
@@ -81,8 +79,8 @@ def soft_prompt_spec(method: str, n: int, base: BaseShapes) -> ProgramSpec:
     )
 
 
-def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any],  # noqa: ARG001 - the tensor tells all
+def compile(
+    config: dict[str, Any],
     tensors: Mapping[str, Tensor],
     base: BaseLayers,
 ) -> Iterator[tuple[str, Piece]]:

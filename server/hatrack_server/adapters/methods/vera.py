@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from hatrack_server.adapters.patterns import Budget
 from hatrack_server.adapters.peft_linear import (
+    TARGET_KEYS,
     Adapted,
     low_rank_size,
     modules_in,
     precise,
     rank_of,
+    refuse_trained_biases,
     refuse_unknown,
     spec_of,
     tensor_of,
@@ -37,7 +39,7 @@ DEFAULT_RANK = 256
 SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"
 LAMBDA_B, LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
 SEED_KEY = "projection_prng_key"
-READ_KEYS = frozenset({"r", "bias", "save_projection", SEED_KEY})
+READ_KEYS = TARGET_KEYS | frozenset({"r", "bias", "save_projection", SEED_KEY})
 HARMLESS_KEYS = frozenset({"d_initial", "init_weights", "vera_dropout"})
 
 
@@ -50,8 +52,7 @@ def describe(
 ) -> ProgramSpec:
     """See `methods.describe`."""
     refuse_unknown(config, READ_KEYS, HARMLESS_KEYS)
-    if config.get("bias", "none") != "none":
-        raise InvalidArtifact(config_field("bias"), 'trained biases are not supported; only "none" is')
+    refuse_trained_biases(config)
     seed = config.get(SEED_KEY, 0)
     if type(seed) is not int or not 0 <= seed < 2**64:
         raise InvalidArtifact(config_field(SEED_KEY), "must be an integer of 64 bits")
@@ -68,9 +69,7 @@ def describe(
     return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank, shared=shared)
 
 
-def compile(  # noqa: A001 - it is what this does
-    config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers
-) -> Iterator[tuple[str, Piece]]:
+def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers) -> Iterator[tuple[str, Piece]]:
     """See `methods.compile`."""
     from hatrack_server.adapters.pieces import LowRank
 
