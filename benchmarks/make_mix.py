@@ -13,7 +13,6 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
-    MissConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -23,6 +22,8 @@ from peft import (
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from hatrack_trainer.bottleneck import BottleneckConfig
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CAUSAL_LM = "CAUSAL_LM"
@@ -49,7 +50,7 @@ def mix(config: LlamaConfig) -> dict[str, PeftConfig]:
         "m10": AdaptionPromptConfig(
             task_type=CAUSAL_LM, adapter_len=10, adapter_layers=config.num_hidden_layers - 2, target_modules="self_attn"
         ),
-        "m11": MissConfig(task_type=CAUSAL_LM, r=16, target_modules=LINEARS),
+        "m11": BottleneckConfig(task_type=CAUSAL_LM, r=64, placement="houlsby"),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hatrack_server.kernels.nf4_linear import dequantized
 from hatrack_server.model.load import load_base
 
+REPLACING = ("modules_to_save", "trainable_tokens_delta", "ln_tuning_layers")
 NOISE = 0.1  # standard deviation of random adapter weights
 
 
@@ -28,16 +31,19 @@ def make_adapter(base: PreTrainedModel, path: Path, *, seed: int, **config: Any)
 def save_adapter(base: PreTrainedModel, path: Path, config: PeftConfig, *, seed: int, noise: float = NOISE) -> Path:
     """Saves an adapter of any method with random weights through PEFT itself; leaves `base` as it was.
 
-    Vectors that scale something are random about what they were, everything else about 0.
+    Vectors that scale something and what stands in the base's place are random about what they were, all else about 0.
     """
     model = get_peft_model(base, copy.copy(config))  # PEFT writes the base's name into it
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if any(mark in name for mark in (getattr(model, "prefix", "adaption_"), "prompt_encoder")):
+        if any(mark in name for mark in (getattr(model, "prefix", "adaption_"), "prompt_encoder", *REPLACING)):
             random = torch.randn(parameter.shape, generator=generator) * noise
-            scales = "ia3_l" in name or "lora_magnitude_vector" in name
-            parameter.data = parameter.data.float() * (1 + random) if scales else random
-    model.save_pretrained(path, save_embedding_layers=False)
+            if any(mark in name for mark in ("ia3_l", "lora_magnitude_vector")):
+                random = parameter.data.float() * (1 + random)
+            elif any(mark in name for mark in REPLACING):
+                random = parameter.data + random.to(parameter.dtype)
+            parameter.data = random
+    model.save_pretrained(path)
     _take_off(model)
     return path
 
@@ -87,9 +93,14 @@ def _take_off(model: PeftModel) -> None:
     if model.active_peft_config.peft_type is PeftType.ADAPTION_PROMPT:
         model.base_model._remove_adapted_attentions("default")
     base = model.get_base_model()
-    for name, layer in list(base.named_modules()):  # what `unload` does, which refuses (IA)³ on NF4
-        if isinstance(layer, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, layer.get_base_layer())
+    _put_back(base, AuxiliaryTrainingWrapper, lambda wrapper: wrapper.original_module)
+    _put_back(base, BaseTunerLayer, BaseTunerLayer.get_base_layer)  # `unload` would refuse (IA)³ on NF4
     if hasattr(base, "peft_config"):
         del base.peft_config
+
+
+def _put_back(base: PreTrainedModel, kind: type, original: Callable[[Any], nn.Module]) -> None:
+    for name, layer in list(base.named_modules()):
+        if isinstance(layer, kind):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, original(layer))

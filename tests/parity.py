@@ -62,7 +62,7 @@ def make_case(
             "packed": packed,
             "device": "cpu",
             "kv_cache_gb": 0.004,
-            "max_rows": 32,
+            "max_rows": 48,
             "max_step_tokens": max_step_tokens,
         }
     )

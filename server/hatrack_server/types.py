@@ -111,6 +111,11 @@ class BaseShapes:
     attention: tuple[AttentionShape, ...]  # layer by layer
     embedding_rows: int = 0  # 0: adapters can't act on it
     embedding_scale: float = 1.0  # what the embedding multiplies its rows with
+    # The modules whose parameters an adapter may replace, and the shapes of these by name: the embedding, the output
+    # head, and norms of the residual stream.
+    replaceable: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    head: str | None = None  # the linear layer that gives the logits
+    tied: bool = False  # whether the embedding and the head share one weight
 
 
 @dataclass(frozen=True, slots=True)

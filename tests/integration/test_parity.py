@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from oracle import Oracle, make_adapter, save_adapter
+from oracle import Oracle, make_adapter
 from parity import PRECISIONS, Case, assert_rows_equal_peft, make_case
 from tiny import FAMILIES
-from zoo import NOISE, NOT_ON_BFLOAT16_NF4, NOT_ON_NF4, ONLY_ON_LLAMA_AND_MISTRAL, ZOO
+from zoo import EXPECTED_WARNINGS, make_zoo, not_on
 
-# PEFT is right to warn whoever would merge such adapters.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    # It takes the bias of lora_B for its weight.
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.s. have invalid shape"),
-]
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in EXPECTED_WARNINGS]
 
 LORAS = {
     "r4": {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
@@ -42,14 +37,6 @@ def make_loras(oracle: Oracle, folder: Path) -> dict[str, Path]:
     }
 
 
-def make_zoo(oracle: Oracle, folder: Path) -> dict[str, Path]:
-    more = ONLY_ON_LLAMA_AND_MISTRAL if oracle.base.config.model_type in ("llama", "mistral") else {}
-    return {
-        name: save_adapter(oracle.plain, folder / name, config, seed=seed, noise=NOISE.get(name, 0.1))
-        for seed, (name, config) in enumerate((ZOO | more).items())
-    }
-
-
 @pytest.fixture(scope="module", params=[(f, p) for f in FAMILIES for p in PRECISIONS], ids="-".join)
 def loras(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, precision = request.param
@@ -59,10 +46,9 @@ def loras(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module", params=[(f, p) for f in ZOO_FAMILIES for p in PRECISIONS], ids="-".join)
 def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, precision = request.param
-    plain = NOT_ON_BFLOAT16_NF4 if precision == "bfloat16" else NOT_ON_NF4
     folder = tmp_path_factory.mktemp(f"zoo-{family}-{precision}")
     # All prompts in the first step, so that every method is there in each.
-    return make_case(folder, family, precision, make_zoo, on_plain_linears=plain, max_step_tokens=1024)
+    return make_case(folder, family, precision, make_zoo, on_plain_linears=not_on(precision), max_step_tokens=1024)
 
 
 def test_rows_of_a_mixed_batch_equal_peft_alone(loras: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +59,36 @@ def test_every_method_in_one_batch_equals_peft_alone(zoo: Case, monkeypatch: pyt
     names = list(zoo.adapters)
     after = dict(zip(names, [*names[1:], names[0]], strict=True))
     assert_rows_equal_peft(zoo, names, monkeypatch, lambda name: {"base", after[name]} - {name})
+
+
+SOME = [*range(0, 250, 3)]
+# What the head does when the embedding's weight, or some of its rows, are replaced; Gemma 2 has one weight for both.
+REPLACING: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma2": {
+        "both as one": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        "both, each its own": {"modules_to_save": ["embed_tokens", "lm_head"]},
+        "embedding alone": {"modules_to_save": ["embed_tokens"]},
+        "head alone": {"modules_to_save": ["lm_head"]},
+        "tokens of both": {"trainable_token_indices": {"embed_tokens": SOME, "lm_head": SOME}},
+    },
+    "llama": {
+        "tokens of the head": {"trainable_token_indices": {"lm_head": SOME}},
+        "tokens of each": {"trainable_token_indices": {"embed_tokens": SOME, "lm_head": [1, 3, 4]}},
+        "head and norms": {"modules_to_save": ["lm_head", "norm"]},
+    },
+}
+
+
+@pytest.mark.parametrize("family", REPLACING)
+def test_replaced_embedding_and_head_equal_peft(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(oracle: Oracle, folder: Path) -> dict[str, Path]:
+        return {
+            name: make_adapter(oracle.base, folder / name, seed=seed, r=2, target_modules=["v_proj"], **settings)
+            for seed, (name, settings) in enumerate(REPLACING[family].items())
+        }
+
+    case = make_case(tmp_path, family, "float32", make)
+    assert_rows_equal_peft(case, list(case.adapters), monkeypatch, lambda name: case.adapters.keys() - {name})
 
 
 def test_unquantised_base_equals_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hatrack_server.adapters.pieces import Stage
+from hatrack_server.adapters.pieces import Call, Stage
 from hatrack_server.adapters.pools import Pool
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.kernels.runs import Run, merge_runs
@@ -22,19 +22,19 @@ class ModuleEffect:
         self._on_input = [(pool, runs) for pool, runs in in_order if pool.kind.stage is Stage.INPUT]
         self._on_output = [(pool, runs) for pool, runs in in_order if pool.kind.stage is not Stage.INPUT]
 
-    def input(self, x: Tensor) -> Tensor:
+    def input(self, x: Tensor, module: nn.Module) -> Tensor:
         """What a linear layer's product takes in place of x[T, in]; x itself is left as it is."""
         if not self._on_input:
             return x
         values = x.clone()
         for pool, runs in self._on_input:
-            pool.kind.act(values, x, pool.stacks, runs)
+            pool.kind.act(values, Call(x, module), pool.stacks, runs)
         return values
 
-    def output(self, y: Tensor, x: Tensor) -> None:
+    def output(self, y: Tensor, x: Tensor, module: nn.Module) -> None:
         """Changes the module's output y[T, …] in place, given what it got: x[T, …]."""
         for pool, runs in self._on_output:
-            pool.kind.act(y, x, pool.stacks, runs)
+            pool.kind.act(y, Call(x, module), pool.stacks, runs)
 
 
 class Row(NamedTuple):

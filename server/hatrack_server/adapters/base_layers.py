@@ -22,5 +22,8 @@ class BaseLayers(Protocol):
     def squared_norms(self, layer: str) -> Tensor:
         """The squared length of each row of the layer's weight: float32 [out]."""
 
+    def parameter(self, module: str, name: str) -> Tensor:
+        """One of a module that `shapes.replaceable` names, as the base holds it."""
+
     def bias(self, layer: str) -> Tensor | None:
         """The layer's bias, float32 [out], if it has one."""

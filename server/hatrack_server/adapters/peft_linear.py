@@ -32,7 +32,9 @@ HARMLESS_KEYS = frozenset({
     "revision", "task_type",
 })  # fmt: skip
 # Which modules are adapted, in every method's configuration.
-TARGET_KEYS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
+TARGET_KEYS = frozenset({
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,28 @@ def is_on(value: Any) -> bool:
     return not (value is None or value is False or value == [])
 
 
-def flag(config: Mapping[str, Any], key: str) -> bool:
-    """A boolean, False when it is absent; raises InvalidArtifact."""
-    value = config.get(key, False)
+def flag(config: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    """A boolean; raises InvalidArtifact."""
+    value = config.get(key, default)
     if not isinstance(value, bool):
         raise InvalidArtifact(config_field(key), "must be true or false")
     return value
+
+
+def count_of(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive integer; raises InvalidArtifact, also when it is absent and has no default."""
+    value = config.get(key, default)
+    if type(value) is not int or value < 1:
+        raise InvalidArtifact(config_field(key), "must be a positive integer")
+    return value
+
+
+def seed_of(config: Mapping[str, Any], key: str, default: int) -> int:
+    """A seed to which a module's number can be added; raises InvalidArtifact."""
+    seed = config.get(key, default)
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise InvalidArtifact(config_field(key), "must be an integer of 63 bits")
+    return seed
 
 
 class RanksAndScales:
@@ -176,6 +194,11 @@ def check_tensors(
             raise InvalidArtifact(f"{WEIGHTS_FILE}: {key}", _why_unexpected(key, base.linears))
     if not expected:
         raise InvalidArtifact(config_field("target_modules"), "selects no module that can be adapted on this base")
+    check_shapes(expected, headers)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], headers: Mapping[str, TensorHeader]) -> None:
+    """Raises InvalidArtifact naming a tensor that is missing or of another shape."""
     for key, shape in expected.items():
         if key not in headers:
             raise InvalidArtifact(f"{WEIGHTS_FILE}: {key}", "missing, though the configuration asks for it")
@@ -188,8 +211,6 @@ def check_tensors(
 def _why_unexpected(key: str, linears: Collection[str]) -> str:
     name = key.removeprefix(PREFIX)
     module = next((name[:end] for end in _dots(name) if name[:end] in linears), None)
-    if key.endswith(".base_layer.weight"):  # PEFT adds the embeddings by default when the head is adapted
-        return "a copy of the base's weights is not supported: save the adapter with save_embedding_layers=False"
     if module is None:
         return f"{name} belongs to no module that can be adapted on this base"
     return "unexpected: the configuration asks for no such tensor"

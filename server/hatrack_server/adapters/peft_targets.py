@@ -27,12 +27,17 @@ def config_field(key: str) -> str:
 def matched_modules(config: Mapping[str, Any], modules: Iterable[str], budget: Budget) -> list[str]:
     """Those of `modules` (full names) that `config` selects, in their order.
 
-    Reads target_modules, exclude_modules, layers_to_transform and layers_pattern. Raises InvalidArtifact naming the key
-    that is malformed.
+    Reads target_modules, exclude_modules, layers_to_transform, layers_pattern and modules_to_save, whose modules no
+    method adapts. Raises InvalidArtifact naming the key that is malformed.
     """
     selected = _targets(config, budget)
     excluded = _excluded(config, budget)
-    return [module for module in modules if not excluded(module) and selected(module)]
+    whole = names_of(config, "modules_to_save")
+    return [
+        module
+        for module in modules
+        if not excluded(module) and selected(module) and not any(f".{name}." in f".{module}." for name in whole)
+    ]
 
 
 class ModulePatterns:
@@ -61,7 +66,7 @@ def _targets(config: Mapping[str, Any], budget: Budget) -> Predicate:
         if wanted.lower() == ALL_LINEAR:
             return lambda module: module.rpartition(".")[2] not in OUTPUT_HEADS
         return Pattern(wanted, config_field("target_modules"), budget).fullmatch
-    names = _names(config, "target_modules")
+    names = names_of(config, "target_modules")
     if not names:
         raise InvalidArtifact(config_field("target_modules"), "must select at least one module")
     # A full name selects its module whatever layers_to_transform says.
@@ -72,7 +77,7 @@ def _excluded(config: Mapping[str, Any], budget: Budget) -> Predicate:
     unwanted = config.get("exclude_modules")
     if isinstance(unwanted, str) and unwanted:
         return Pattern(unwanted, config_field("exclude_modules"), budget).fullmatch
-    names = _names(config, "exclude_modules")
+    names = names_of(config, "exclude_modules")
     return lambda module: module in names or _ends_with_any(module, names)
 
 
@@ -108,7 +113,8 @@ def _layer_index(config: Mapping[str, Any], budget: Budget) -> Callable[[str], i
     return index_of
 
 
-def _names(config: Mapping[str, Any], key: str) -> frozenset[str]:
+def names_of(config: Mapping[str, Any], key: str) -> frozenset[str]:
+    """A list of names, empty when it is absent; raises InvalidArtifact when it is something else."""
     value = config.get(key) or []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise InvalidArtifact(config_field(key), "must be text or a list of texts")

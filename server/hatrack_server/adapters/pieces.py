@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import gelu, relu, silu
 
 from hatrack_server.adapters.rank_class import rank_class
+from hatrack_server.kernels.bottleneck import add_bottleneck
 from hatrack_server.kernels.kronecker import add_kronecker
 from hatrack_server.kernels.low_rank import add_embedded, add_low_rank
 from hatrack_server.kernels.prefix_attention import add_prefix_attention
+from hatrack_server.kernels.replacement import replace_embeddings, replace_output, replace_scores
 from hatrack_server.kernels.rowwise import add_vector, multiply_vector, replace_first
 from hatrack_server.kernels.runs import Run
 
@@ -26,9 +29,18 @@ class Stage(enum.IntEnum):
 
     CACHE = 0  # before any pass: the engine puts it into the KV cache, and a pass has nothing to do for it
     INPUT = 1  # on x, before the base's product
-    SUM = 2  # what is added to the base's output y
-    SCALE = 3  # what y is then multiplied with
-    SHIFT = 4  # what no scale touches
+    REPLACE = 2  # what stands in place of the base's output y
+    SUM = 3  # what is added to y
+    SCALE = 4  # what y is then multiplied with
+    SHIFT = 5  # what no scale touches
+    OUTPUT = 6  # what is made from the finished y
+
+
+class Call(NamedTuple):
+    """One call of a module of the base by a step."""
+
+    x: Tensor  # [T, …], what the module got: the embedding token ids, attention its queries, all others their input
+    module: nn.Module
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,13 @@ class Piece:
     """Tensors, the fields of each kind, and what they do. Pieces of one kind and equal `shapes` share a pool."""
 
     stage: ClassVar[Stage] = Stage.SUM
-    dtype: ClassVar[torch.dtype | None] = None  # what a pool holds; None is the dtype that the base computes in
+    # What a pool holds of its floating-point tensors; None is the dtype that the base computes in.
+    dtype: ClassVar[torch.dtype | None] = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which `act` takes their stacks."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return tuple(tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -49,11 +62,8 @@ class Piece:
         return tuple(tuple(tensor.shape) for tensor in self.tensors)
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
-        """Changes values[T, …] in place: the module's output, or at Stage.INPUT a copy of its input.
-
-        x[T, …] is what the module got: a linear layer its input, the embedding token ids, attention its queries.
-        """
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """Changes values[T, …] in place: the module's output, or at Stage.INPUT a copy of its input."""
         raise NotImplementedError
 
 
@@ -76,10 +86,23 @@ class LowRank(Piece):
         return (rank, self.a.shape[1]), (rank, self.b.shape[1])
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         a, b = stacks
-        add_low_rank(values, x, a, b, runs)
+        add_low_rank(values, call.x, a, b, runs)
+
+
+@dataclass(frozen=True)
+class OutputLowRank(LowRank):
+    """y += (y aᵀ) b on the base's own output, its bias included: a low-rank product with the weight from the left."""
+
+    stage: ClassVar[Stage] = Stage.REPLACE
+
+    @staticmethod
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        a, b = stacks
+        add_low_rank(values, values, a, b, runs)
 
 
 @dataclass(frozen=True)
@@ -90,10 +113,10 @@ class EmbeddingLowRank(Piece):
     b: Tensor  # [r, width]
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         a, b = stacks
-        add_embedded(values, x, a, b, runs)
+        add_embedded(values, call.x, a, b, runs)
 
 
 @dataclass(frozen=True)
@@ -104,10 +127,10 @@ class Kronecker(Piece):
     w2: Tensor  # [k, q], where in = p·q and out = l·k
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         w1, w2 = stacks
-        add_kronecker(values, x, w1, w2, runs)
+        add_kronecker(values, call.x, w1, w2, runs)
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class _Scale(Piece):
     vector: Tensor
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         multiply_vector(values, stacks[0], runs)
 
@@ -148,7 +171,7 @@ class OutputShift(Piece):
     vector: Tensor
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         add_vector(values, stacks[0], runs)
 
@@ -160,7 +183,7 @@ class SoftPrompt(Piece):
     rows: Tensor  # [n, width]
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         replace_first(values, stacks[0], runs)
 
@@ -183,10 +206,117 @@ class GatedPrefix(Piece):
     values: Tensor  # [n, kv_heads, head_dim], the gate folded in
 
     @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         keys, gated_values = stacks
-        add_prefix_attention(values, x, keys, gated_values, runs)
+        add_prefix_attention(values, call.x, keys, gated_values, runs)
+
+
+@dataclass(frozen=True)
+class Bottleneck(Piece):
+    """y += up(activation(down(y))), with the biases of both; a padded unit gives 0, since activation(0) is 0."""
+
+    stage: ClassVar[Stage] = Stage.OUTPUT
+
+    down: Tensor  # [r, width]
+    down_bias: Tensor  # [r]
+    up: Tensor  # [r, width]
+    up_bias: Tensor  # [width]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The width of the bottleneck is padded as a rank is."""
+        r, width = self.down.shape
+        padded = rank_class(r)
+        return (padded, width), (padded,), (padded, width), (width,)
+
+    @staticmethod
+    def activation(units: Tensor) -> Tensor:
+        """Of each kind its own."""
+        raise NotImplementedError
+
+    @classmethod
+    def act(cls, values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:  # noqa: ARG003
+        """See Piece."""
+        down, down_bias, up, up_bias = stacks
+        add_bottleneck(values, down, down_bias, up, up_bias, cls.activation, runs)
+
+
+@dataclass(frozen=True)
+class ReluBottleneck(Bottleneck):
+    """With max(x, 0)."""
+
+    @staticmethod
+    def activation(units: Tensor) -> Tensor:
+        """See Bottleneck."""
+        return relu(units)
+
+
+@dataclass(frozen=True)
+class GeluBottleneck(Bottleneck):
+    """With x Φ(x)."""
+
+    @staticmethod
+    def activation(units: Tensor) -> Tensor:
+        """See Bottleneck."""
+        return gelu(units)
+
+
+@dataclass(frozen=True)
+class SiluBottleneck(Bottleneck):
+    """With x sigmoid(x)."""
+
+    @staticmethod
+    def activation(units: Tensor) -> Tensor:
+        """See Bottleneck."""
+        return silu(units)
+
+
+@dataclass(frozen=True)
+class ReplacedModule(Piece):
+    """What the base's own module gives with these parameters in place of its own."""
+
+    stage: ClassVar[Stage] = Stage.REPLACE
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @staticmethod
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        replace_output(values, call.x, call.module, dict(zip(("weight", "bias"), stacks, strict=False)), runs)
+
+
+@dataclass(frozen=True)
+class ReplacedEmbeddings(Piece):
+    """Embeddings of some tokens in place of the base's."""
+
+    stage: ClassVar[Stage] = Stage.REPLACE
+
+    tokens: Tensor  # [n], ids
+    rows: Tensor  # [n, width]
+
+    @staticmethod
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        tokens, rows = stacks
+        replace_embeddings(values, call.x, tokens, rows, runs)
+
+
+@dataclass(frozen=True)
+class ReplacedScores(Piece):
+    """The output head's rows for some tokens in place of the base's: y[tokens] = rows x."""
+
+    stage: ClassVar[Stage] = Stage.REPLACE
+
+    tokens: Tensor  # [n], ids
+    rows: Tensor  # [n, width]
+
+    @staticmethod
+    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        tokens, rows = stacks
+        replace_scores(values, call.x, tokens, rows, runs)
 
 
 Pieces = tuple[tuple[str, Piece], ...]

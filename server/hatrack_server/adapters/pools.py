@@ -38,8 +38,11 @@ class Pool:
         """For pieces of the kind and shapes of `like`."""
         self.module = module
         self.kind = type(like)
-        self.stacks = tuple(torch.empty(0, *shape, dtype=dtype, device=device) for shape in like.shapes)
-        self.row_bytes = sum(map(math.prod, like.shapes)) * dtype.itemsize
+        self.stacks = tuple(
+            torch.empty(0, *shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
+            for shape, tensor in zip(like.shapes, like.tensors, strict=True)
+        )
+        self.row_bytes = sum(math.prod(stack.shape[1:]) * stack.itemsize for stack in self.stacks)
         self._free: list[int] = []
 
     @property

@@ -14,9 +14,16 @@ from hatrack_server.types import BaseShapes
 class FrozenLayers:
     """Where adapters may act, and what the base's linear layers do."""
 
-    def __init__(self, shapes: BaseShapes, linears: Mapping[str, nn.Linear], norms: Mapping[str, Tensor]) -> None:
-        """`norms` are the linears' `squared_norms`."""
+    def __init__(
+        self,
+        shapes: BaseShapes,
+        linears: Mapping[str, nn.Linear],
+        others: Mapping[str, nn.Module],
+        norms: Mapping[str, Tensor],
+    ) -> None:
+        """All modules that `shapes` names, and the linears' `squared_norms`."""
         self.shapes = shapes
+        self._others = others
         self._linears = linears
         self._norms = norms
 
@@ -32,6 +39,10 @@ class FrozenLayers:
     def squared_norms(self, layer: str) -> Tensor:
         """The squared length of each row of the layer's weight: float32 [out]."""
         return self._norms[layer].cpu()
+
+    def parameter(self, module: str, name: str) -> Tensor:
+        """One of a module that `shapes.replaceable` names, as the base holds it."""
+        return (self._linears.get(module) or self._others[module]).get_parameter(name).detach().cpu()
 
     def bias(self, layer: str) -> Tensor | None:
         """The layer's bias, float32 [out], if it has one."""

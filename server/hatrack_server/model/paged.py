@@ -18,7 +18,7 @@ from hatrack_server.model.layers import FrozenLayers, squared_norms
 from hatrack_server.model.load import load_base, read_config
 from hatrack_server.model.probe import probe, refuse_unservable
 from hatrack_server.model.shapes import attention_modules, base_shapes, kv_shapes
-from hatrack_server.model.wrap import Effect, Effects, hook_embedding, wrap_linears
+from hatrack_server.model.wrap import Effect, Effects, wrap_linears, wrap_others
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -45,8 +45,6 @@ class PagedModel:
         self.config: PretrainedConfig = self._model.config.get_text_config()
         self.dtype: torch.dtype = self._model.dtype
         self.block_size = config.block_size
-        head = self._model.get_output_embeddings()
-        self.head = next((name for name, module in self._model.named_modules() if module is head), None)
         self._effects = Effects()
         attention = attention_modules(self._model)
         for name, module in attention.items():
@@ -56,8 +54,9 @@ class PagedModel:
         norms = squared_norms(linears)
         cache = self._cache_of_a_pass()
         shapes = base_shapes(self._model, linears, attention, cache)
-        hook_embedding(self._model, shapes.embedding, self._effects)
-        self.layers = FrozenLayers(shapes, linears, norms)
+        others = wrap_others(self._model, shapes.replaceable.keys() - linears.keys(), self._effects)
+        self.layers = FrozenLayers(shapes, linears, others, norms)
+        self.head = shapes.head
         progress("allocating the KV cache", 0.6)
         kv = kv_shapes(cache)
         self._bytes_per_token = sum(heads * (k + v) for heads, k, v in kv) * self.dtype.itemsize

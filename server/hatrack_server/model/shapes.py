@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -36,14 +37,26 @@ def base_shapes(
     model: PreTrainedModel, linears: Mapping[str, nn.Linear | Conv1D], attention: Iterable[str], cache: DynamicCache
 ) -> BaseShapes:
     """From a model's linear layers and attention modules by name, and the cache of a forward pass."""
+    names = {module: name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings()
+    head = names.get(model.get_output_embeddings())
+    width = embedding.weight.shape[1]
+    replaceable = {names[module]: module for module in (embedding, *_norms(model, width))}
+    if head is not None and not isinstance(linears[head], Linear4bit):
+        replaceable[head] = linears[head]
     return BaseShapes(
         linears={name: _linear_shape(layer) for name, layer in linears.items()},
-        embedding=next(name for name, module in model.named_modules() if module is embedding),
-        width=embedding.weight.shape[1],
+        embedding=names[embedding],
+        width=width,
         attention=tuple(AttentionShape(name, *kv) for name, kv in zip(attention, kv_shapes(cache), strict=False)),
         embedding_rows=embedding.weight.shape[0],
         embedding_scale=float(getattr(embedding, "scalar_embed_scale", 1.0)),
+        replaceable={
+            name: {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+            for name, module in replaceable.items()
+        },
+        head=head,
+        tied=head is not None and linears[head].weight is embedding.weight,
     )
 
 
@@ -66,6 +79,14 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
         if isinstance(getattr(module, "layer_idx", None), int) and linears.intersection(module.children())
     }
     return dict(found[layer] for layer in layers) if found.keys() == set(layers) else {}
+
+
+def _norms(model: PreTrainedModel, width: int) -> Iterator[nn.Module]:
+    """The norms of the residual stream: vectors of its width are all that they have."""
+    for module in model.modules():
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        if "weight" in shapes and shapes.keys() <= {"weight", "bias"} and set(shapes.values()) == {(width,)}:
+            yield module
 
 
 def _linear_shape(layer: nn.Linear | Conv1D) -> LinearShape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from hatrack_server.kernels.nf4_linear import choose_layout, nf4_linear
 class Effect(Protocol):
     """What the adapters of one batch do at one module."""
 
-    def input(self, x: Tensor) -> Tensor:
+    def input(self, x: Tensor, module: nn.Module) -> Tensor:
         """What a linear layer's product takes in place of x[T, in]."""
 
-    def output(self, y: Tensor, x: Tensor) -> None:
+    def output(self, y: Tensor, x: Tensor, module: nn.Module) -> None:
         """Changes the module's output y[T, …] in place, given what it got: x[T, …]."""
 
 
@@ -28,14 +28,33 @@ class Effects:
         self.by_module: Mapping[str, Effect] = {}
 
 
-class AdaptedLinear(nn.Module):
-    """A linear layer of the base with the current step's effect on it."""
+class Adapted(nn.Module):
+    """A module of the base with the current step's effect on its output."""
 
-    def __init__(self, base: nn.Linear, name: str, effects: Effects) -> None:
+    def __init__(self, base: nn.Module, name: str, effects: Effects) -> None:
         super().__init__()
         self.base = base
         self.name = name
         self._effects = effects
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[1, T, …] to [1, T, …]."""
+        y: Tensor = self.base(x)
+        effect = self._effects.by_module.get(self.name)
+        if effect is not None:
+            effect.output(y[0], x[0], self.base)
+        return y
+
+    @property
+    def weight(self) -> Tensor | nn.Module:
+        """The base's weight: some modelling code looks at its dtype."""
+        return self.base.weight
+
+
+class AdaptedLinear(Adapted):
+    """A linear layer of the base with the current step's effect on its input and output."""
+
+    base: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x[1, T, in] to [1, T, out]."""
@@ -43,14 +62,9 @@ class AdaptedLinear(nn.Module):
         if effect is None:
             return nf4_linear(x, self.base)
         tokens = x.reshape(-1, x.shape[-1])
-        y = nf4_linear(effect.input(tokens), self.base)
-        effect.output(y, tokens)
+        y = nf4_linear(effect.input(tokens, self.base), self.base)
+        effect.output(y, tokens, self.base)
         return y.view(*x.shape[:-1], -1)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight: some modelling code looks at its dtype."""
-        return self.base.weight
 
 
 def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> dict[str, nn.Linear]:
@@ -58,17 +72,18 @@ def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> d
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in linears.items():
         choose_layout(layer, packed=packed)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, AdaptedLinear(layer, name, effects))
+        _put(model, AdaptedLinear(layer, name, effects))
     return linears
 
 
-def hook_embedding(model: PreTrainedModel, name: str, effects: Effects) -> None:
-    """Lets effects act on the output of the embedding of this name."""
+def wrap_others(model: PreTrainedModel, names: Iterable[str], effects: Effects) -> dict[str, nn.Module]:
+    """Replaces modules of one tensor to one, [1, T, …] to [1, T, …], in place; returns them as they were, by name."""
+    modules = {name: model.get_submodule(name) for name in names}
+    for name, module in modules.items():
+        _put(model, Adapted(module, name, effects))
+    return modules
 
-    def act(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        effect = effects.by_module.get(name)
-        if effect is not None:
-            effect.output(y.view(-1, y.shape[-1]), args[0].view(-1))
 
-    model.get_submodule(name).register_forward_hook(act)
+def _put(model: PreTrainedModel, adapted: Adapted) -> None:
+    parent, _, child = adapted.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, adapted)

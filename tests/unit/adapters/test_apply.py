@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hatrack_server.adapters.apply import BatchEffects
 from hatrack_server.adapters.pieces import InputScale, LowRank, OutputScale, OutputShift, SoftPrompt
@@ -12,6 +12,7 @@ from hatrack_server.adapters.pools import Pools
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.types import LinearShape
 
+MODULE = nn.Identity()  # no piece here looks at it
 LINEARS = {"q": LinearShape(6, 4), "v": LinearShape(3, 4)}
 # Rank by layer of each program: several classes, two of one class, and layers that one of them lacks.
 PROGRAMS = [{"q": 4, "v": 4}, {"q": 3, "v": 9}, {"q": 16}, {"v": 4}, {"q": 4, "v": 4}, {}]
@@ -80,7 +81,7 @@ def test_each_row_meets_its_own_program(programs: Programs, batch: str, layer: s
     wanted = programs.reference(layer, rows, y, x)
     effects = BatchEffects().build(programs.rows(rows))
     if layer in effects:
-        effects[layer].output(y, x)
+        effects[layer].output(y, x, MODULE)
     torch.testing.assert_close(y, wanted)
 
 
@@ -122,7 +123,7 @@ def test_a_bad_program_touches_its_own_rows_only(programs: Programs) -> None:
     wanted = programs.reference("q", rows, y, x)
     bad = next(place for place in programs.slots[4].places if place.pool.module == "q")
     bad.pool.stacks[0][bad.row] = math.nan
-    BatchEffects().build(programs.rows(rows))["q"].output(y, x)
+    BatchEffects().build(programs.rows(rows))["q"].output(y, x, MODULE)
     assert y[1].isnan().all()
     torch.testing.assert_close(y[[0, 2, 3]], wanted[[0, 2, 3]])
 
@@ -134,11 +135,11 @@ def test_pieces_act_in_their_order_whatever_the_order_of_a_program() -> None:
     places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place(tuple(("q", piece) for piece in pieces))
     y, x = inputs("q", [(None, 1), (0, 2)])
     effect = BatchEffects().build([(None, 1, 0), (Slot(0, places), 2, 0)])["q"]
-    seen, before = effect.input(x), x.clone()
+    seen, before = effect.input(x, MODULE), x.clone()
     assert torch.equal(x, before)
     torch.testing.assert_close(seen, torch.cat([x[:1], x[1:] * x_scale]))
     wanted = torch.cat([y[:1], (y[1:] + (x[1:] @ a)[:, None] * b) * scale + shift])
-    effect.output(y, x)
+    effect.output(y, x, MODULE)
     torch.testing.assert_close(y, wanted)
 
 
@@ -150,7 +151,7 @@ def test_a_soft_prompt_takes_the_first_positions_of_its_sequence_alone() -> None
     # A chunk inside, one across its end, one behind it; another sequence's beginning right after.
     parts = [(slot, 2, 0), (slot, 3, 1), (None, 1, 0), (slot, 2, 3), (slot, 1, 9), (slot, 4, 0)]
     y = torch.full((13, 4), -1.0)
-    effects.build(parts)["q"].output(y, torch.zeros(13, dtype=torch.int64))
+    effects.build(parts)["q"].output(y, torch.zeros(13, dtype=torch.int64), MODULE)
     kept = [-1.0] * 4
     wanted = [*soft[:2].tolist(), *soft[1:].tolist(), kept, kept, kept, kept, kept, *soft.tolist(), kept]
     assert y.tolist() == wanted

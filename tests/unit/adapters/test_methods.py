@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hatrack_server.adapters import methods
 from hatrack_server.adapters.methods.lokr import factorized
-from hatrack_server.adapters.pieces import Kronecker, LowRank, OutputScale, Pieces, Stage
+from hatrack_server.adapters.pieces import Call, Kronecker, LowRank, OutputScale, Pieces, Stage
 from hatrack_server.adapters.pools import Pools
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
@@ -50,8 +50,34 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "vera, from its seed": peft.VeraConfig(r=5, projection_prng_key=7, target_modules=".*_proj"),
     "miss": peft.MissConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "miss, r no divisor": peft.MissConfig(r=7, target_modules=["q_proj"]),
+    "delora": peft.DeloraConfig(r=3, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 5}),
+    "gralora": peft.GraloraConfig(r=6, alpha=8, target_modules=["q_proj", "k_proj"]),
+    "gralora, hybrid": peft.GraloraConfig(r=4, hybrid_r=3, gralora_k=4, target_modules="all-linear"),
+    "hra": peft.HRAConfig(r=4, target_modules=["q_proj", "k_proj", "down_proj"]),
+    "hra, more than in_features": peft.HRAConfig(r=23, target_modules=["down_proj"]),
+    "hra, made orthogonal": peft.HRAConfig(r=3, apply_GS=True, target_modules=["q_proj", "down_proj"]),
+    "deft": peft.DeftConfig(r=3, target_modules=["q_proj", "down_proj"]),
+    "deft by qr": peft.DeftConfig(r=13, alpha=4, decomposition_method="qr", target_modules=["q_proj", "k_proj"]),
+    "para": peft.DeftConfig(r=3, para=True, target_modules=["k_proj", "down_proj"]),
+    "vblora": peft.VBLoRAConfig(r=3, num_vectors=7, vector_length=12, target_modules=["q_proj", "k_proj"]),
+    "vblora, the whole bank": peft.VBLoRAConfig(
+        r=5, num_vectors=6, vector_length=4, topk=6, target_modules="all-linear"
+    ),
+    "unilora": peft.UniLoraConfig(r=3, theta_d_length=50, target_modules="all-linear"),
+    "unilora, more than needed": peft.UniLoraConfig(
+        r=2, theta_d_length=999, proj_seed=0, target_modules=["q_proj", "down_proj"]
+    ),
+    "tinylora": peft.TinyLoraConfig(r=3, u=5, target_modules=["q_proj", "down_proj"]),
+    "tinylora, tied": peft.TinyLoraConfig(r=2, weight_tying=0.5, target_modules="all-linear"),
+    "tinylora, from its seed": peft.TinyLoraConfig(
+        r=13, u=4, weight_tying=1, projection_seed=7, target_modules=".*_proj"
+    ),
 }
-CONFIGS["vera, from its seed"].save_projection = False  # PEFT would warn, and is right
+for name in ("vera", "tinylora"):
+    CONFIGS[f"{name}, from its seed"].save_projection = False  # PEFT would warn, and is right
+
+
+HRA, HRA_U = {"peft_type": "HRA", "r": 4, "target_modules": ["q_proj"]}, "base_model.model.attn.q_proj.hra_u"
 
 
 class Net(nn.Module):
@@ -82,6 +108,9 @@ class Layers:
 
     def squared_norms(self, layer: str) -> Tensor:
         return self._weight(layer).square().sum(1)
+
+    def parameter(self, module: str, name: str) -> Tensor:
+        return self._net.get_submodule(module).get_parameter(name).detach()
 
     def bias(self, layer: str) -> Tensor | None:
         bias = self._net.get_submodule(layer).bias
@@ -124,22 +153,22 @@ def headers_of(path: Path) -> dict[str, TensorHeader]:
 
 def applied(pieces: Pieces, layer: str, x: Tensor, net: Net) -> Tensor:
     """The layer's output for tokens that all have these pieces."""
-    run = [Run(0, len(x), 0)]
+    run, call = [Run(0, len(x), 0)], Call(x, net.get_submodule(layer))
     mine = sorted((piece for where, piece in pieces if where == layer), key=lambda piece: piece.stage)
     seen = x.clone()
     for piece in mine:
         if piece.stage is Stage.INPUT:
-            piece.act(seen, x, tuple(tensor[None] for tensor in piece.tensors), run)
+            piece.act(seen, call, tuple(tensor[None] for tensor in piece.tensors), run)
     y = net.get_submodule(layer)(seen)
     for piece in mine:
         if piece.stage is not Stage.INPUT:
-            piece.act(y, x, tuple(tensor[None].double() for tensor in piece.tensors), run)
+            piece.act(y, call, tuple(tensor[None].double() for tensor in piece.tensors), run)
     return y
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_pieces_do_what_peft_does(name: str, tmp_path: Path) -> None:
+def test_the_pieces_do_what_peft_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = saved(CONFIGS[name], tmp_path)
     headers = headers_of(tmp_path)
     spec = methods.describe(config, headers, BASE, max_rank=64)
@@ -150,7 +179,10 @@ def test_the_pieces_do_what_peft_does(name: str, tmp_path: Path) -> None:
     assert len(set(kinds)) == len(kinds)
     assert {layer for layer, _ in kinds} <= SHAPES.keys()
     given = inputs()
-    wanted, base = model(given), net(given)
+    base = net(given)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)  # to which DEFT turns whatever it is given
+        wanted = model(given)
     changed = 0
     for layer, x in given.items():
         torch.testing.assert_close(applied(pieces, layer, x, net), wanted[layer], rtol=0, atol=1e-12)
@@ -191,6 +223,18 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
                 ("bias", "all"), ("init_lora_weights", "pissa"), ("lora_alpha", "4")],
     "vera": [("r", 0), ("bias", "vera_only"), ("projection_prng_key", -1), ("projection_prng_key", "0")],
     "miss": [("r", 0), ("bias", "all"), ("init_weights", "bat"), ("init_weights", "mini")],
+    "delora": [("r", 0), ("rank_pattern", [1]), ("bias", "delora_only")],
+    "gralora": [("r", 0), ("alpha", "8"), ("hybrid_r", -1), ("hybrid_r", True), ("gralora_k", 0),
+                ("gralora_k", 4), ("gralora_k", "2"), ("bias", "all")],
+    "hra": [("r", 0), ("apply_GS", "yes"), ("bias", "hra_only")],
+    "deft": [("r", 0), ("alpha", "4"), ("alpha", 1e40), ("decomposition_method", "svd"), ("decomposition_method", None),
+             ("para", 1), ("bias", "deft_only")],
+    "vblora": [("r", 0), ("num_vectors", 0), ("vector_length", 5), ("vector_length", None), ("topk", 0), ("topk", 8),
+               ("save_only_topk_weights", True), ("bias", "vblora_only")],
+    "unilora": [("r", 0), ("theta_d_length", 0), ("proj_seed", None), ("proj_seed", -1), ("save_indices", True),
+                ("exclude_modules", ["x"]), ("bias", "unilora_only")],
+    "tinylora": [("r", 0), ("u", 0), ("weight_tying", 1.5), ("weight_tying", True), ("projection_seed", 0.5),
+                 ("projection_seed", 2**63), ("save_projection", 1), ("exclude_modules", "x"), ("bias", "all")],
     "dora": [("use_dora", "yes"), ("lora_bias", 1), ("use_qalora", True), ("bias", "lora_only")],
 }  # fmt: skip
 
@@ -209,6 +253,63 @@ def test_loha_counts_its_squared_rank(tmp_path: Path) -> None:
     assert methods.describe(config, headers, BASE, max_rank=9).rank == 9
     with pytest.raises(InvalidArtifact, match="rank 9"):
         methods.describe(config, headers, BASE, max_rank=8)
+
+
+def test_gralora_counts_the_rank_of_all_its_blocks(tmp_path: Path) -> None:
+    _, config = saved(CONFIGS["gralora, hybrid"], tmp_path)
+    assert methods.describe(config, headers_of(tmp_path), BASE, max_rank=64).rank == 4 * 4 + 3
+    with pytest.raises(InvalidArtifact, match="8 equal blocks"):
+        methods.describe(config | {"r": 8, "gralora_k": 8}, headers_of(tmp_path), BASE, max_rank=128)
+
+
+def test_delora_weighs_inputs_as_its_file_says(tmp_path: Path) -> None:
+    _, config = saved(CONFIGS["delora"], tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    before = dict(methods.compile(config, tensors, Layers(Net().double())))
+    weights = {key: 2 * tensor for key, tensor in tensors.items() if key.endswith("w_norm")}
+    after = dict(methods.compile(config, tensors | weights, Layers(Net().double())))
+    for layer, piece in before.items():
+        assert torch.equal(after[layer].tensors[0], 2 * piece.tensors[0])
+        assert torch.equal(after[layer].tensors[1], piece.tensors[1])
+
+
+def test_reflections_that_cancel_change_nothing() -> None:
+    """As HRA begins: each vector twice."""
+    u = torch.randn(36, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, dim=1)
+    [(_, piece)] = methods.compile(HRA, {HRA_U: u}, Layers(Net()))
+    a, b = piece.tensors
+    assert (b.mT @ a).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("apply_gs", "change", "message"),
+    [
+        (False, lambda u: u.index_fill(1, torch.tensor([1]), 0), "a column is 0"),
+        (True, lambda u: u.index_fill(1, torch.tensor([1]), 0), "a column is 0"),
+        (True, lambda u: u.repeat_interleave(2, dim=1), "depend on each other"),
+        (True, lambda u: u.repeat(1, 10), "depend on each other"),
+    ],
+)
+def test_reflections_that_the_numbers_leave_open_are_refused(apply_gs: bool, change: Any, message: str) -> None:
+    u = torch.randn(36, 4, generator=torch.Generator().manual_seed(0))
+    config = HRA | {"apply_GS": apply_gs}
+    assert len(methods.compile(config, {HRA_U: u}, Layers(Net()))) == 1
+    with pytest.raises(InvalidArtifact, match=message) as refused:
+        methods.compile(config, {HRA_U: change(u)}, Layers(Net()))
+    assert refused.value.field == f"adapter_model.safetensors: {HRA_U}"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "field"),
+    [("tinylora, from its seed", "u", 1 << 20, "save_projection"), ("unilora", "r", 1 << 19, "r")],
+)
+def test_a_small_file_draws_no_more_than_a_load_may_take(
+    name: str, key: str, value: int, field: str, tmp_path: Path
+) -> None:
+    _, config = saved(CONFIGS[name], tmp_path)
+    with pytest.raises(InvalidArtifact, match="drawn at each load") as refused:
+        methods.describe(config | {key: value}, headers_of(tmp_path), BASE, max_rank=1 << 20)
+    assert refused.value.field == f"adapter_config.json: {field}"
 
 
 def test_a_module_pruned_to_nothing_has_no_piece(tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ class Layers:
     def squared_norms(self, layer: str) -> Tensor:
         return torch.ones(LINEARS[layer].out_features)
 
+    def parameter(self, module: str, name: str) -> Tensor:
+        return torch.zeros(BASE.replaceable[module][name])
+
     def bias(self, layer: str) -> Tensor | None:
         return None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hatrack_server.adapters.peft_linear import (
     PREFIX,
     check_tensors,
+    count_of,
     modules_in,
     precise,
     refuse_unknown,
@@ -43,8 +44,8 @@ def describe(
 ) -> ProgramSpec:
     """See `methods.describe`."""
     refuse_unknown(config, READ_KEYS)
-    length = _count(config, "adapter_len")
-    layers = _count(config, "adapter_layers")
+    length = count_of(config, "adapter_len")
+    layers = count_of(config, "adapter_layers")
     if layers > len(base.attention):
         raise InvalidArtifact(config_field("adapter_layers"), f"this base has {len(base.attention)} layers")
     adapted = base.attention[len(base.attention) - layers :]
@@ -62,13 +63,6 @@ def describe(
         resident_bytes=2 * resident,
         tensors=shapes,
     )
-
-
-def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise InvalidArtifact(config_field(key), "must be a positive integer")
-    return value
 
 
 def _check_attention(config: Mapping[str, Any], adapted: tuple[AttentionShape, ...], base: BaseShapes) -> None:

@@ -43,11 +43,11 @@ A, B, B_BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora
 
 READ_KEYS = TARGET_KEYS | frozenset({
     "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "bias",
-    "init_lora_weights",
+    "init_lora_weights", "ensure_weight_tying", "trainable_token_indices",
 })  # fmt: skip
 # Training's own settings, and settings of features that must be off.
 HARMLESS_KEYS = frozenset({
-    "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config",
+    "corda_config", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config",
     "megatron_core", "qalora_group_size", "runtime_config",
 })  # fmt: skip
 # Initialisations that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract from them.
@@ -67,8 +67,12 @@ def describe(
     budget = Budget()
     settings = _ranks_and_scales(config, budget)
     biased, magnitudes = flag(config, "lora_bias"), flag(config, "use_dora")
+    tie = base.tied and flag(config, "ensure_weight_tying")
     adapted = []
     for module in matched_modules(config, _candidates(config, base), budget):
+        if tie and module in (base.embedding, base.head):
+            message = "adapting the embedding and the output head as one is not supported"
+            raise InvalidArtifact(config_field("ensure_weight_tying"), message)
         rank = settings.rank(module)
         settings.scale(module, rank)
         if module == base.embedding:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack.manifest import WEIGHTS_FILE
-from hatrack_server.adapters.peft_linear import refuse_unknown
+from hatrack_server.adapters.peft_linear import check_shapes, count_of, refuse_unknown
 from hatrack_server.adapters.peft_targets import config_field
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
@@ -49,10 +49,7 @@ def virtual_tokens(config: Mapping[str, Any], harmless: frozenset[str]) -> int:
     refuse_unknown(config, READ_KEYS, harmless)
     if config.get("num_transformer_submodules", 1) not in (None, 1):
         raise InvalidArtifact(config_field("num_transformer_submodules"), "only decoders are served: it must be 1")
-    n = config.get("num_virtual_tokens")
-    if type(n) is not int or n < 1:
-        raise InvalidArtifact(config_field("num_virtual_tokens"), "must be a positive integer")
-    return n
+    return count_of(config, "num_virtual_tokens")
 
 
 def check_embeddings(headers: Mapping[str, TensorHeader], shape: tuple[int, ...]) -> None:
@@ -60,11 +57,7 @@ def check_embeddings(headers: Mapping[str, TensorHeader], shape: tuple[int, ...]
     for key in headers:
         if key != EMBEDDINGS:
             raise InvalidArtifact(f"{WEIGHTS_FILE}: {key}", "unexpected: the method has no such tensor")
-    if EMBEDDINGS not in headers:
-        raise InvalidArtifact(f"{WEIGHTS_FILE}: {EMBEDDINGS}", "missing, though the configuration asks for it")
-    if headers[EMBEDDINGS].shape != shape:
-        message = f"its shape is {headers[EMBEDDINGS].shape}; this base needs {shape}"
-        raise InvalidArtifact(f"{WEIGHTS_FILE}: {EMBEDDINGS}", message)
+    check_shapes({EMBEDDINGS: shape}, headers)
 
 
 def soft_prompt_spec(method: str, n: int, base: BaseShapes) -> ProgramSpec:

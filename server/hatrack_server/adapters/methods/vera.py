@@ -20,12 +20,12 @@ from hatrack_server.adapters.peft_linear import (
     rank_of,
     refuse_trained_biases,
     refuse_unknown,
+    seed_of,
     spec_of,
     tensor_of,
 )
-from hatrack_server.adapters.peft_targets import config_field, matched_modules
+from hatrack_server.adapters.peft_targets import matched_modules
 from hatrack_server.adapters.safetensors_header import TensorHeader
-from hatrack_server.errors import InvalidArtifact
 from hatrack_server.types import BaseShapes, LinearShape, ProgramSpec
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ def describe(
     """See `methods.describe`."""
     refuse_unknown(config, READ_KEYS, HARMLESS_KEYS)
     refuse_trained_biases(config)
-    seed = config.get(SEED_KEY, 0)
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise InvalidArtifact(config_field(SEED_KEY), "must be an integer of 64 bits")
+    seed_of(config, SEED_KEY, 0)
     r = rank_of("every module", config.get("r", DEFAULT_RANK))
     adapted = []
     for module in matched_modules(config, base.linears, Budget()):

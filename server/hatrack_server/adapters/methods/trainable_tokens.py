@@ -1,0 +1,60 @@
+"""Trainable tokens, as PEFT 0.21 saves them: the embeddings of some tokens, and nothing else.
+
+`trainable_tokens_delta` (n, width) holds the embeddings themselves, in the order of `token_indices`. Where the output
+head shares the embedding's weight, its rows for these tokens change with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hatrack_server.adapters.patterns import Budget
+from hatrack_server.adapters.peft_linear import TARGET_KEYS, check_tensors, refuse_unknown
+from hatrack_server.adapters.peft_targets import config_field, matched_modules
+from hatrack_server.adapters.replacements import TokenEmbeddings, token_embeddings
+from hatrack_server.adapters.safetensors_header import TensorHeader
+from hatrack_server.errors import InvalidArtifact
+from hatrack_server.types import BaseShapes, ProgramSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hatrack_server.adapters.base_layers import BaseLayers
+    from hatrack_server.adapters.pieces import Piece
+
+PEFT_TYPE = "TRAINABLE_TOKENS"
+DELTA = "trainable_tokens_delta"
+
+
+def describe(
+    config: dict[str, Any],
+    headers: Mapping[str, TensorHeader],
+    base: BaseShapes,
+    *,
+    max_rank: int,
+) -> ProgramSpec:
+    """See `methods.describe`; embeddings have no rank, so it is 0."""
+    refuse_unknown(config, TARGET_KEYS | {"token_indices"}, {"init_weights"})
+    replaced = _replaced(config, base)
+    check_tensors(replaced.shapes, headers, base)
+    return ProgramSpec(
+        method=PEFT_TYPE,
+        rank=0,
+        parameters=len(replaced.tokens) * replaced.width,
+        resident_bytes=replaced.resident,
+        tensors=replaced.shapes,
+    )
+
+
+def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLayers) -> Iterator[tuple[str, Piece]]:
+    """See `methods.compile`."""
+    return _replaced(config, base.shapes).compile(tensors, base)
+
+
+def _replaced(config: Mapping[str, Any], base: BaseShapes) -> TokenEmbeddings:
+    modules = matched_modules(config, base.replaceable, Budget())
+    if modules != [base.embedding]:
+        message = f"must select {base.embedding}, the embedding, and nothing else that can be replaced"
+        raise InvalidArtifact(config_field("target_modules"), message)
+    return token_embeddings(base.embedding, config.get("token_indices"), base, DELTA, "token_indices")
