@@ -106,8 +106,8 @@ def inspect(
 
         shapes = shapes_of_checkpoint(resolve_checkpoint(model, weights=False))
         spec = gate.describe(folder, shapes, max_rank=max_rank)
-    adapted = {module for module in shapes.linears if any(f".{module}." in key for key in spec.tensors)}
-    targets = {module.rpartition(".")[2] for module in adapted}
+    modules = shapes.linears.keys() | shapes.replaceable.keys()
+    targets = {module.rpartition(".")[2] for module in modules if any(f".{module}." in key for key in spec.tensors)}
     table = Table(show_header=False, box=None)
     for name, value in (
         ("method", spec.method),

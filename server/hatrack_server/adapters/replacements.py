@@ -39,6 +39,10 @@ class Replacement(Protocol):
         """Of these tensors, by their keys in the file."""
 
     @property
+    def parameters(self) -> int:
+        """How many of their numbers were trained."""
+
+    @property
     def resident(self) -> int:
         """Bytes in memory, when the base computes in 16 bits."""
 
@@ -51,24 +55,29 @@ class WholeModule:
     """All parameters of one module."""
 
     module: str
-    parameters: Shapes
+    of_base: Shapes  # by the parameter's name
     saved_in: str = ""  # what a key has between the module and the parameter's name
 
     @property
     def shapes(self) -> Shapes:
         """See Replacement."""
-        return {self._key(name): shape for name, shape in self.parameters.items()}
+        return {self._key(name): shape for name, shape in self.of_base.items()}
+
+    @property
+    def parameters(self) -> int:
+        """See Replacement."""
+        return sum(map(math.prod, self.of_base.values()))
 
     @property
     def resident(self) -> int:
         """See Replacement."""
-        return 2 * sum(map(math.prod, self.parameters.values()))
+        return 2 * self.parameters
 
     def compile(self, tensors: Mapping[str, Tensor], base: BaseLayers) -> Iterator[tuple[str, Piece]]:  # noqa: ARG002
         """See Replacement."""
         from hatrack_server.adapters.pieces import ReplacedModule
 
-        yield self.module, ReplacedModule(**{name: tensors[self._key(name)] for name in self.parameters})
+        yield self.module, ReplacedModule(**{name: tensors[self._key(name)] for name in self.of_base})
 
     def _key(self, parameter: str) -> str:
         return f"{PREFIX}{self.module}.{self.saved_in}{parameter}"
@@ -88,6 +97,11 @@ class TokenEmbeddings:
     def shapes(self) -> Shapes:
         """See Replacement."""
         return {self.key: (len(self.tokens), self.width)}
+
+    @property
+    def parameters(self) -> int:
+        """See Replacement."""
+        return len(self.tokens) * self.width
 
     @property
     def resident(self) -> int:
@@ -116,6 +130,7 @@ class Copy:
     module: str
     parameter: str
     shape: tuple[int, ...]
+    parameters: int = 0
     resident: int = 0
 
     @property

@@ -448,17 +448,18 @@ def test_an_adaption_prompt_needs_attention_that_it_knows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "hidden", "feed_forward", "kv", "rank", "parameters"),
+    ("layers", "hidden", "feed_forward", "kv", "targets", "rank", "parameters"),
     [
-        (32, 4096, 11008, 4096, 64, 159_907_840),
-        (40, 5120, 13824, 5120, 64, 250_347_520),
-        (80, 8192, 22016, 8192, 64, 799_539_200),
-        (32, 4096, 14336, 1024, 16, 41_943_040),
+        (32, 4096, 11008, 4096, "all-linear", 64, 159_907_840),
+        (40, 5120, 13824, 5120, "all-linear", 64, 250_347_520),
+        (80, 8192, 22016, 8192, "all-linear", 64, 799_539_200),
+        (32, 4096, 14336, 1024, "all-linear", 16, 41_943_040),
+        (96, 12288, 49152, 12288, ["q_proj", "v_proj"], 8, 37_748_736),
     ],
-    ids=["LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-3-8B"],
+    ids=["LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-3-8B", "GPT-3"],
 )
 def test_parameter_counts_of_real_bases(
-    layers: int, hidden: int, feed_forward: int, kv: int, rank: int, parameters: int
+    layers: int, hidden: int, feed_forward: int, kv: int, targets: str | list[str], rank: int, parameters: int
 ) -> None:
     widths = {"q_proj": hidden, "k_proj": kv, "v_proj": kv, "gate_proj": feed_forward, "up_proj": feed_forward}
     shapes = {name: LinearShape(width, hidden) for name, width in widths.items()}
@@ -466,9 +467,19 @@ def test_parameter_counts_of_real_bases(
     linears = {f"layers.{layer}.{name}": shape for layer in range(layers) for name, shape in shapes.items()}
     headers = {}
     for module, shape in linears.items():
-        headers[f"base_model.model.{module}.lora_A.weight"] = TensorHeader("F32", (rank, shape.in_features))
-        headers[f"base_model.model.{module}.lora_B.weight"] = TensorHeader("F32", (shape.out_features, rank))
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": "all-linear"}
+        if targets == "all-linear" or module.rpartition(".")[2] in targets:
+            headers[f"base_model.model.{module}.lora_A.weight"] = TensorHeader("F32", (rank, shape.in_features))
+            headers[f"base_model.model.{module}.lora_B.weight"] = TensorHeader("F32", (shape.out_features, rank))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": targets}
     spec = methods.describe(config, headers, BaseShapes(linears, "e", hidden, ()), max_rank=64)
     assert spec.parameters == parameters
     assert spec.resident_bytes == 2 * parameters
+
+
+@pytest.mark.parametrize("peft_type", methods.REFUSED)
+def test_a_method_that_can_share_no_batch_is_refused_with_the_reason(peft_type: str) -> None:
+    assert peft_type in list(peft.PeftType)
+    assert peft_type not in methods.methods()
+    with pytest.raises(InvalidArtifact, match=methods.REFUSED[peft_type]) as caught:
+        methods.describe({"peft_type": peft_type}, {}, BASE, max_rank=64)
+    assert caught.value.field == "adapter_config.json: peft_type"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -98,7 +97,7 @@ def describe(
     check_shapes(shapes, headers)
     return replace(
         spec,
-        parameters=spec.parameters + sum(map(math.prod, shapes.values())),
+        parameters=spec.parameters + sum(one.parameters for one in replaced),
         resident_bytes=spec.resident_bytes + sum(one.resident for one in replaced),
         tensors=spec.tensors | shapes,
     )

@@ -37,7 +37,7 @@ def describe(
     return ProgramSpec(
         method=PEFT_TYPE,
         rank=0,
-        parameters=sum(header.elements for header in headers.values()),
+        parameters=sum(module.parameters for module in modules),
         resident_bytes=sum(module.resident for module in modules),
         tensors=shapes,
     )

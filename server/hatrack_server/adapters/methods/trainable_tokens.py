@@ -41,7 +41,7 @@ def describe(
     return ProgramSpec(
         method=PEFT_TYPE,
         rank=0,
-        parameters=len(replaced.tokens) * replaced.width,
+        parameters=replaced.parameters,
         resident_bytes=replaced.resident,
         tensors=replaced.shapes,
     )
