@@ -40,6 +40,7 @@ BASE = BaseInfo(
     kv_tokens=4096,
     eos_token_ids=frozenset({257}),
     memory={},
+    adapter_bytes=10**9,
     device="cpu",
 )
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}

@@ -13,6 +13,7 @@ from oracle import Oracle
 from tiny import make_checkpoint
 from torch import Tensor
 
+from hatrack_server.catalog.gate import describe
 from hatrack_server.config import EngineConfig
 from hatrack_server.engine import step
 from hatrack_server.model.paged import PagedModel
@@ -67,7 +68,10 @@ def make_case(
         }
     )
     adapters = {"base": None, **make_adapters(oracle, folder)}
-    return Case(oracle, PagedModel(config), config, adapters, tolerance, on_plain_linears)
+    model = PagedModel(config)
+    for path in filter(None, adapters.values()):
+        describe(path, model.layers.shapes, max_rank=config.max_rank)  # the gate lets all of them pass
+    return Case(oracle, model, config, adapters, tolerance, on_plain_linears)
 
 
 def recorded_run(

@@ -117,6 +117,11 @@ class BaseShapes:
     head: str | None = None  # the linear layer that gives the logits
     tied: bool = False  # whether the embedding and the head share one weight
 
+    @property
+    def ends(self) -> frozenset[str]:
+        """The embedding and the head, as far as they may be replaced."""
+        return frozenset({self.embedding, self.head or self.embedding} & self.replaceable.keys())
+
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
@@ -130,6 +135,7 @@ class BaseInfo:
     kv_tokens: int  # what the whole KV cache holds, in tokens
     eos_token_ids: frozenset[int]
     memory: dict[str, int]  # bytes by what they are for, in the order of the start-up table
+    adapter_bytes: int  # what all resident adapters may take
     device: str
 
 

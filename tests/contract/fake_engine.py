@@ -32,6 +32,7 @@ BASE = BaseInfo(
     kv_tokens=400,
     eos_token_ids=frozenset({EOS}),
     memory={"weights": 1},
+    adapter_bytes=10**9,
     device="cpu",
 )
 

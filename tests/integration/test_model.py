@@ -191,3 +191,18 @@ class TestInspect:
         bare.mkdir()
         (bare / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
         assert self.run(capsys, tmp_path, "--model", bare)[0] == 0
+
+
+@pytest.mark.parametrize(("family", "tied", "offset"), [("qwen3", False, 0), ("gemma2", True, 1), ("opt", True, 0)])
+def test_ends_and_norms_of_the_residual_stream_may_be_replaced(
+    family: str, tied: bool, offset: float, tmp_path: Path
+) -> None:
+    model = paged(make_checkpoint(tmp_path, family))
+    shapes = model.layers.shapes
+    assert shapes.tied is tied
+    assert shapes.head == "lm_head"
+    assert {shape for own in shapes.replaceable.values() for shape in own.values()} == {(320, 64), (64,)}
+    norms = shapes.replaceable.keys() - shapes.ends
+    assert len(norms) >= 2 * 2
+    assert not any("q_norm" in name or "k_norm" in name for name in norms)
+    assert {model.layers.norm_offset(name) for name in norms} == {offset}

@@ -71,6 +71,11 @@ REPLACING: dict[str, dict[str, dict[str, Any]]] = {
         "head alone": {"modules_to_save": ["lm_head"]},
         "tokens of both": {"trainable_token_indices": {"embed_tokens": SOME, "lm_head": SOME}},
     },
+    "opt": {
+        "norms": {"modules_to_save": ["final_layer_norm"]},
+        "more norms": {"modules_to_save": ["self_attn_layer_norm", "decoder.final_layer_norm"]},
+        "head alone": {"modules_to_save": ["lm_head"]},
+    },
     "llama": {
         "tokens of the head": {"trainable_token_indices": {"lm_head": SOME}},
         "tokens of each": {"trainable_token_indices": {"embed_tokens": SOME, "lm_head": [1, 3, 4]}},

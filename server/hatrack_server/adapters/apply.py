@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from hatrack_server.adapters.pieces import Call, Stage
+from hatrack_server.adapters.pieces import Stage
 from hatrack_server.adapters.pools import Pool
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.kernels.runs import Run, merge_runs
@@ -22,19 +23,19 @@ class ModuleEffect:
         self._on_input = [(pool, runs) for pool, runs in in_order if pool.kind.stage is Stage.INPUT]
         self._on_output = [(pool, runs) for pool, runs in in_order if pool.kind.stage is not Stage.INPUT]
 
-    def input(self, x: Tensor, module: nn.Module) -> Tensor:
+    def input(self, x: Tensor) -> Tensor:
         """What a linear layer's product takes in place of x[T, in]; x itself is left as it is."""
         if not self._on_input:
             return x
         values = x.clone()
         for pool, runs in self._on_input:
-            pool.kind.act(values, Call(x, module), pool.stacks, runs)
+            pool.kind.act(values, x, pool.stacks, runs)
         return values
 
-    def output(self, y: Tensor, x: Tensor, module: nn.Module) -> None:
-        """Changes the module's output y[T, …] in place, given what it got: x[T, …]."""
+    def output(self, y: Tensor, x: Tensor) -> None:
+        """Changes the module's output y[T, …] in place, given x[T, …] (see Piece.act)."""
         for pool, runs in self._on_output:
-            pool.kind.act(y, Call(x, module), pool.stacks, runs)
+            pool.kind.act(y, x, pool.stacks, runs)
 
 
 class Row(NamedTuple):
@@ -82,14 +83,21 @@ def _segments(rows: Iterable[Row]) -> list[tuple[Row, int]]:
     return segments
 
 
+_Part = tuple[int, int, tuple[int, ...], int]  # what makes a Run
+
+
 def _effects(segments: list[tuple[Row, int]]) -> dict[str, ModuleEffect]:
-    modules: dict[str, dict[Pool, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    modules: dict[str, dict[Pool, list[_Part]]] = defaultdict(lambda: defaultdict(list))
     for row, start in segments:
         for place in row.slot.places if row.slot else ():
             if place.pool.kind.stage is not Stage.CACHE:
-                run = Run(start, row.tokens, place.row, position=row.position)
-                modules[place.pool.module][place.pool].append(run)
+                modules[place.pool.module][place.pool].append((start, row.tokens, (place.row,), row.position))
+
+    @functools.cache  # programs mostly lie alike in all their pools
+    def merged(parts: tuple[_Part, ...]) -> list[Run]:
+        return merge_runs(Run(*part) for part in parts)
+
     return {
-        module: ModuleEffect({pool: merge_runs(runs) for pool, runs in pools.items()})
+        module: ModuleEffect({pool: merged(tuple(parts)) for pool, parts in pools.items()})
         for module, pools in modules.items()
     }

@@ -22,8 +22,11 @@ class BaseLayers(Protocol):
     def squared_norms(self, layer: str) -> Tensor:
         """The squared length of each row of the layer's weight: float32 [out]."""
 
-    def parameter(self, module: str, name: str) -> Tensor:
-        """One of a module that `shapes.replaceable` names, as the base holds it."""
+    def end(self, module: str, parameter: str) -> Tensor:
+        """A parameter of the embedding or the head, as the base holds it."""
+
+    def norm_offset(self, norm: str) -> float:
+        """What a norm that may be replaced adds to its weight before it multiplies with it."""
 
     def bias(self, layer: str) -> Tensor | None:
         """The layer's bias, float32 [out], if it has one."""

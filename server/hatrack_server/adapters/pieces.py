@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
 from hatrack_server.adapters.rank_class import rank_class
@@ -19,7 +19,13 @@ from hatrack_server.kernels.bottleneck import add_bottleneck
 from hatrack_server.kernels.kronecker import add_kronecker
 from hatrack_server.kernels.low_rank import add_embedded, add_low_rank
 from hatrack_server.kernels.prefix_attention import add_prefix_attention
-from hatrack_server.kernels.replacement import replace_embeddings, replace_output, replace_scores
+from hatrack_server.kernels.replacement import (
+    replace_embedding,
+    replace_linear,
+    replace_norm,
+    replace_scores,
+    replace_tokens,
+)
 from hatrack_server.kernels.rowwise import add_vector, multiply_vector, replace_first
 from hatrack_server.kernels.runs import Run
 
@@ -36,11 +42,7 @@ class Stage(enum.IntEnum):
     OUTPUT = 6  # what is made from the finished y
 
 
-class Call(NamedTuple):
-    """One call of a module of the base by a step."""
-
-    x: Tensor  # [T, …], what the module got: the embedding token ids, attention its queries, all others their input
-    module: nn.Module
+Stack = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Piece:
     stage: ClassVar[Stage] = Stage.SUM
     # What a pool holds of its floating-point tensors; None is the dtype that the base computes in.
     dtype: ClassVar[torch.dtype | None] = None
+    # Whether its pools are one tensor for all rows, as a batched product needs it; else each row has its own, and a
+    # pool of large ones grows without a copy.
+    stacked: ClassVar[bool] = True
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -62,8 +67,12 @@ class Piece:
         return tuple(tuple(tensor.shape) for tensor in self.tensors)
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
-        """Changes values[T, …] in place: the module's output, or at Stage.INPUT a copy of its input."""
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+        """Changes values[T, …] in place: the module's output, or at Stage.INPUT a copy of its input.
+
+        x[T, …] is what the module got: a linear layer its input, the embedding token ids, attention its queries; a norm
+        its input as it is normalised, before any weight.
+        """
         raise NotImplementedError
 
 
@@ -86,10 +95,10 @@ class LowRank(Piece):
         return (rank, self.a.shape[1]), (rank, self.b.shape[1])
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         a, b = stacks
-        add_low_rank(values, call.x, a, b, runs)
+        add_low_rank(values, x, a, b, runs)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class OutputLowRank(LowRank):
     stage: ClassVar[Stage] = Stage.REPLACE
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         a, b = stacks
         add_low_rank(values, values, a, b, runs)
@@ -113,10 +122,10 @@ class EmbeddingLowRank(Piece):
     b: Tensor  # [r, width]
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         a, b = stacks
-        add_embedded(values, call.x, a, b, runs)
+        add_embedded(values, x, a, b, runs)
 
 
 @dataclass(frozen=True)
@@ -127,10 +136,10 @@ class Kronecker(Piece):
     w2: Tensor  # [k, q], where in = p·q and out = l·k
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         w1, w2 = stacks
-        add_kronecker(values, call.x, w1, w2, runs)
+        add_kronecker(values, x, w1, w2, runs)
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ class _Scale(Piece):
     vector: Tensor
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         multiply_vector(values, stacks[0], runs)
 
@@ -171,7 +180,7 @@ class OutputShift(Piece):
     vector: Tensor
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         add_vector(values, stacks[0], runs)
 
@@ -183,7 +192,7 @@ class SoftPrompt(Piece):
     rows: Tensor  # [n, width]
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         replace_first(values, stacks[0], runs)
 
@@ -206,10 +215,10 @@ class GatedPrefix(Piece):
     values: Tensor  # [n, kv_heads, head_dim], the gate folded in
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         keys, gated_values = stacks
-        add_prefix_attention(values, call.x, keys, gated_values, runs)
+        add_prefix_attention(values, x, keys, gated_values, runs)
 
 
 @dataclass(frozen=True)
@@ -236,7 +245,7 @@ class Bottleneck(Piece):
         raise NotImplementedError
 
     @classmethod
-    def act(cls, values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:  # noqa: ARG003
+    def act(cls, values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:  # noqa: ARG003
         """See Piece."""
         down, down_bias, up, up_bias = stacks
         add_bottleneck(values, down, down_bias, up, up_bias, cls.activation, runs)
@@ -273,22 +282,54 @@ class SiluBottleneck(Bottleneck):
 
 
 @dataclass(frozen=True)
-class ReplacedModule(Piece):
-    """What the base's own module gives with these parameters in place of its own."""
+class ReplacedNorm(Piece):
+    """y = scale * x + bias, for x as it is normalised."""
 
     stage: ClassVar[Stage] = Stage.REPLACE
+    dtype: ClassVar[torch.dtype | None] = torch.float32
 
-    weight: Tensor
-    bias: Tensor | None = None
+    scale: Tensor  # [width]
+    bias: Tensor | None = None  # [width]
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
-        replace_output(values, call.x, call.module, dict(zip(("weight", "bias"), stacks, strict=False)), runs)
+        replace_norm(values, x, stacks, runs)
 
 
 @dataclass(frozen=True)
-class ReplacedEmbeddings(Piece):
+class ReplacedHead(Piece):
+    """y = weight x + bias."""
+
+    stage: ClassVar[Stage] = Stage.REPLACE
+    stacked: ClassVar[bool] = False
+
+    weight: Tensor  # [vocabulary, width]
+    bias: Tensor | None = None  # [vocabulary]
+
+    @staticmethod
+    def act(values: Tensor, x: Tensor, stacks: tuple[Stack, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        replace_linear(values, x, stacks, runs)
+
+
+@dataclass(frozen=True)
+class ReplacedEmbedding(Piece):
+    """y = rows[id]."""
+
+    stage: ClassVar[Stage] = Stage.REPLACE
+    stacked: ClassVar[bool] = False
+
+    rows: Tensor  # [vocabulary, width]
+
+    @staticmethod
+    def act(values: Tensor, x: Tensor, stacks: tuple[Stack, ...], runs: list[Run]) -> None:
+        """See Piece."""
+        replace_embedding(values, x, stacks[0], runs)
+
+
+@dataclass(frozen=True)
+class ReplacedTokens(Piece):
     """Embeddings of some tokens in place of the base's."""
 
     stage: ClassVar[Stage] = Stage.REPLACE
@@ -297,10 +338,10 @@ class ReplacedEmbeddings(Piece):
     rows: Tensor  # [n, width]
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         tokens, rows = stacks
-        replace_embeddings(values, call.x, tokens, rows, runs)
+        replace_tokens(values, x, tokens, rows, runs)
 
 
 @dataclass(frozen=True)
@@ -313,10 +354,10 @@ class ReplacedScores(Piece):
     rows: Tensor  # [n, width]
 
     @staticmethod
-    def act(values: Tensor, call: Call, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
         """See Piece."""
         tokens, rows = stacks
-        replace_scores(values, call.x, tokens, rows, runs)
+        replace_scores(values, x, tokens, rows, runs)
 
 
 Pieces = tuple[tuple[str, Piece], ...]

@@ -8,6 +8,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,21 +35,24 @@ class Pool:
     and the rows in use are alike in both.
     """
 
-    def __init__(self, module: str, like: Piece, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, number: int, module: str, like: Piece, dtype: torch.dtype, device: torch.device) -> None:
         """For pieces of the kind and shapes of `like`."""
+        self.number = number  # in the order in which pools were made
         self.module = module
         self.kind = type(like)
-        self.stacks = tuple(
+        self._empty = tuple(
             torch.empty(0, *shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
             for shape, tensor in zip(like.shapes, like.tensors, strict=True)
         )
-        self.row_bytes = sum(math.prod(stack.shape[1:]) * stack.itemsize for stack in self.stacks)
+        # For each of the piece's tensors: one of [rows, …], or a list of them where the kind is not `stacked`.
+        self.stacks: tuple[Any, ...] = self._empty if self.kind.stacked else tuple([] for _ in self._empty)
+        self.row_bytes = sum(math.prod(stack.shape[1:]) * stack.itemsize for stack in self._empty)
         self._free: list[int] = []
 
     @property
     def capacity(self) -> int:
         """Rows, taken or free."""
-        return self.stacks[0].shape[0]
+        return len(self.stacks[0])
 
     @property
     def taken(self) -> int:
@@ -61,11 +65,16 @@ class Pool:
         return not self._free
 
     def grow(self, rows: int) -> None:
-        """Adds free rows; copies what is there."""
+        """Adds free rows; where the kind is stacked, this copies what is there."""
         added = range(self.capacity, self.capacity + rows)
         # All or none: the second may find no memory.
-        self.stacks = tuple(torch.cat([stack, stack.new_zeros(rows, *stack.shape[1:])]) for stack in self.stacks)
+        self.stacks = tuple(self._grown(*pair, rows) for pair in zip(self.stacks, self._empty, strict=True))
         self._free.extend(added)  # higher than all others, so still a heap
+
+    def _grown(self, stack: Any, like: Tensor, rows: int) -> Any:
+        if self.kind.stacked:
+            return torch.cat([stack, like.new_zeros(rows, *like.shape[1:])])
+        return [*stack, *(like.new_zeros(like.shape[1:]) for _ in range(rows))]
 
     def take(self) -> int:
         """The lowest free row: programs loaded in a row become neighbours, which one product can serve."""
@@ -87,7 +96,7 @@ class Pool:
             return row
         lowest = self.take()
         for stack in self.stacks:
-            stack[lowest] = stack[row]
+            stack[lowest].copy_(stack[row])
         return lowest
 
     def trim(self) -> bool:
@@ -96,7 +105,7 @@ class Pool:
         rows = max(taken, default=-1) + 1
         if rows == self.capacity:
             return False
-        self.stacks = tuple(stack[:rows].clone() for stack in self.stacks)
+        self.stacks = tuple(stack[:rows].clone() if self.kind.stacked else stack[:rows] for stack in self.stacks)
         self._free = [row for row in range(rows) if row not in taken]  # in order, so a heap
         return True
 
@@ -150,7 +159,7 @@ class Pools:
     def _of(self, module: str, piece: Piece) -> Pool:
         key = (module, type(piece), piece.shapes)
         if key not in self._pools:
-            self._pools[key] = Pool(module, piece, piece.dtype or self._dtype, self._device)
+            self._pools[key] = Pool(len(self._pools), module, piece, piece.dtype or self._dtype, self._device)
         return self._pools[key]
 
     def _place(self, module: str, piece: Piece) -> Place:

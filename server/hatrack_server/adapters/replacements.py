@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hatrack.manifest import WEIGHTS_FILE
-from hatrack_server.adapters.peft_linear import PREFIX, flag
+from hatrack_server.adapters.peft_linear import PREFIX, flag, precise
 from hatrack_server.adapters.peft_targets import config_field, names_of
 from hatrack_server.errors import InvalidArtifact
 from hatrack_server.types import BaseShapes
@@ -52,11 +52,11 @@ class Replacement(Protocol):
 
 @dataclass(frozen=True)
 class WholeModule:
-    """All parameters of one module."""
+    """All parameters of the embedding, the head or a norm."""
 
     module: str
     of_base: Shapes  # by the parameter's name
-    saved_in: str = ""  # what a key has between the module and the parameter's name
+    saved_as: str  # what a key has before the parameter's name, without PREFIX
 
     @property
     def shapes(self) -> Shapes:
@@ -71,32 +71,38 @@ class WholeModule:
     @property
     def resident(self) -> int:
         """See Replacement."""
-        return 2 * self.parameters
+        is_norm = len(self.of_base["weight"]) == 1  # which is kept in float32
+        return (4 if is_norm else 2) * self.parameters
 
-    def compile(self, tensors: Mapping[str, Tensor], base: BaseLayers) -> Iterator[tuple[str, Piece]]:  # noqa: ARG002
+    def compile(self, tensors: Mapping[str, Tensor], base: BaseLayers) -> Iterator[tuple[str, Piece]]:
         """See Replacement."""
-        from hatrack_server.adapters.pieces import ReplacedModule
+        from hatrack_server.adapters.pieces import ReplacedEmbedding, ReplacedHead, ReplacedNorm
 
-        yield self.module, ReplacedModule(**{name: tensors[self._key(name)] for name in self.of_base})
+        weight = tensors[self._key("weight")]
+        bias = tensors[self._key("bias")] if "bias" in self.of_base else None
+        if self.module == base.shapes.embedding:
+            yield self.module, ReplacedEmbedding(weight * base.shapes.embedding_scale)
+        elif self.module == base.shapes.head:
+            yield self.module, ReplacedHead(weight, bias)
+        else:
+            yield self.module, ReplacedNorm(precise(weight) + base.norm_offset(self.module), bias)
 
     def _key(self, parameter: str) -> str:
-        return f"{PREFIX}{self.module}.{self.saved_in}{parameter}"
+        return f"{PREFIX}{self.saved_as}.{parameter}"
 
 
 @dataclass(frozen=True)
 class TokenEmbeddings:
-    """Rows of the embedding's weight, or of the head's: those of some tokens."""
+    """Rows of the embedding's weight, of the head's, or of both where they share one: those of some tokens."""
 
-    key: str
+    keys: Mapping[str, str]  # by the module whose rows they are
     tokens: tuple[int, ...]
     width: int
-    embedding: str | None
-    head: str | None  # both, where they share one weight
 
     @property
     def shapes(self) -> Shapes:
         """See Replacement."""
-        return {self.key: (len(self.tokens), self.width)}
+        return dict.fromkeys(self.keys.values(), (len(self.tokens), self.width))
 
     @property
     def parameters(self) -> int:
@@ -106,20 +112,21 @@ class TokenEmbeddings:
     @property
     def resident(self) -> int:
         """See Replacement."""
-        places = [self.embedding, self.head]
-        return len(self.tokens) * (8 + 2 * self.width) * (len(places) - places.count(None))
+        return len(self.tokens) * (8 + 2 * self.width) * len(self.keys)
 
     def compile(self, tensors: Mapping[str, Tensor], base: BaseLayers) -> Iterator[tuple[str, Piece]]:
         """See Replacement."""
         import torch
 
-        from hatrack_server.adapters.pieces import ReplacedEmbeddings, ReplacedScores
+        from hatrack_server.adapters.pieces import ReplacedScores, ReplacedTokens
 
-        tokens, rows = torch.tensor(self.tokens), tensors[self.key]
-        if self.embedding:
-            yield self.embedding, ReplacedEmbeddings(tokens, rows * base.shapes.embedding_scale)
-        if self.head:
-            yield self.head, ReplacedScores(tokens, rows)
+        tokens, order = torch.tensor(self.tokens).sort()
+        for module, key in self.keys.items():
+            rows = tensors[key][order]
+            if module == base.shapes.embedding:
+                yield module, ReplacedTokens(tokens, rows * base.shapes.embedding_scale)
+            else:
+                yield module, ReplacedScores(tokens, rows)
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,12 @@ class Copy:
 
     def compile(self, tensors: Mapping[str, Tensor], base: BaseLayers) -> Iterator[tuple[str, Piece]]:
         """See Replacement."""
-        own, copied = base.parameter(self.module, self.parameter), tensors[self.key]
-        if not copied.to(own.dtype).equal(own):
+        import torch
+
+        own, copied = base.end(self.module, self.parameter), tensors[self.key]
+        # Either may have been rounded to another precision than the other.
+        rounding = max(torch.finfo(own.dtype).eps, torch.finfo(copied.dtype).eps)
+        if not torch.allclose(copied.float(), own.float(), rtol=rounding, atol=torch.finfo(torch.float16).tiny):
             message = "is no copy of this base's own; what was trained must be named in modules_to_save"
             raise InvalidArtifact(f"{WEIGHTS_FILE}: {self.key}", message)
         yield from ()
@@ -149,23 +160,35 @@ class Copy:
 
 def replacements(config: Mapping[str, Any], keys: Collection[str], base: BaseShapes) -> list[Replacement]:
     """Those that `config` asks for, and the copies among a file's `keys`; raises InvalidArtifact naming the setting."""
-    whole = _whole_modules(config, base)
+    whole = _whole_modules(config, keys, base)
     tokens = [_token_embeddings(module, wanted, base) for module, wanted in _token_targets(config, base).items()]
-    return [*whole, *tokens, *_copies(keys, {one.module for one in whole}, base)]
+    modules = {one.module for one in whole}
+    if any(modules.intersection(one.keys) for one in tokens):
+        message = "names tokens of a module that modules_to_save replaces whole"
+        raise InvalidArtifact(config_field("trainable_token_indices"), message)
+    return [*whole, *tokens, *_copies(keys, modules, base)]
 
 
-def _whole_modules(config: Mapping[str, Any], base: BaseShapes) -> list[WholeModule]:
+def _whole_modules(config: Mapping[str, Any], keys: Collection[str], base: BaseShapes) -> list[WholeModule]:
+    field = config_field("modules_to_save")
     modules: list[str] = []
     for name in sorted(names_of(config, "modules_to_save")):
         found = [module for module in base.replaceable if module.endswith(name)]
         if not found:
-            message = f"{name!r} is neither the embedding, nor an unquantised output head, nor a norm"
-            raise InvalidArtifact(config_field("modules_to_save"), message)
+            message = f"{name!r} is neither the embedding, nor an unquantised output head, nor a norm as wide as them"
+            raise InvalidArtifact(field, message)
+        saved = {key.removeprefix(PREFIX).rpartition(".")[0] for key in keys}
+        if others := [module for module in saved - base.replaceable.keys() if module.endswith(name)]:
+            message = f"{name!r} also means {min(others)}, which can't be replaced: give full names"
+            raise InvalidArtifact(field, message)
         modules += found
-    ends = [base.embedding, base.head]
-    if base.tied and flag(config, "ensure_weight_tying") and not {*ends}.isdisjoint(modules):
-        modules += [module for module in ends if module]  # trained as one, and saved twice
-    return [WholeModule(module, base.replaceable[module]) for module in dict.fromkeys(modules)]
+    saved_as = {module: module for module in modules}
+    if base.tied and flag(config, "ensure_weight_tying") and not base.ends.isdisjoint(modules):
+        # Both were trained as one weight. It is saved under both names, unless its file was made without the second.
+        saved_as |= {module: module for module in base.ends}
+        if base.head and f"{PREFIX}{base.head}.weight" not in keys:
+            saved_as[base.head] = base.embedding
+    return [WholeModule(module, base.replaceable[module], saved) for module, saved in saved_as.items()]
 
 
 def _token_targets(config: Mapping[str, Any], base: BaseShapes) -> dict[str, Any]:
@@ -176,11 +199,10 @@ def _token_targets(config: Mapping[str, Any], base: BaseShapes) -> dict[str, Any
     by_name = wanted if isinstance(wanted, dict) else {base.embedding: wanted}
     targets: dict[str, Any] = {}
     for name, tokens in by_name.items():
-        module = next((module for module in (base.embedding, base.head) if module and module.endswith(name)), None)
-        if module is None or module not in base.replaceable:
-            raise InvalidArtifact(
-                config_field(key), f"{name!r} is neither the embedding nor an unquantised output head"
-            )
+        module = next((module for module in sorted(base.ends) if module.endswith(name)), None)
+        if module is None:
+            message = f"{name!r} is neither the embedding nor an unquantised output head"
+            raise InvalidArtifact(config_field(key), message)
         targets[module] = tokens
     if base.tied and base.head in targets and targets.pop(base.head) != targets.get(base.embedding):
         message = "the output head shares the embedding's weight here, so that both have the same tokens"
@@ -189,27 +211,29 @@ def _token_targets(config: Mapping[str, Any], base: BaseShapes) -> dict[str, Any
 
 
 def _token_embeddings(module: str, tokens: Any, base: BaseShapes) -> TokenEmbeddings:
-    return token_embeddings(module, tokens, base, DELTA, "trainable_token_indices")
+    key = f"{PREFIX}{module}.{DELTA}"
+    keys = dict.fromkeys(base.ends, key) if base.tied else {module: key}
+    return token_embeddings(keys, tokens, base, "trainable_token_indices")
 
 
-def token_embeddings(module: str, tokens: Any, base: BaseShapes, saved_as: str, field: str) -> TokenEmbeddings:
+def token_embeddings(keys: Mapping[str, str], tokens: Any, base: BaseShapes, field: str) -> TokenEmbeddings:
     """Of `tokens`, a list that stands in `field` of the configuration; raises InvalidArtifact."""
-    rows = base.replaceable[module]["weight"][0]
-    in_range = isinstance(tokens, list) and all(type(token) is int and 0 <= token < rows for token in tokens)
+    in_range = isinstance(tokens, list) and all(
+        type(token) is int and 0 <= token < base.embedding_rows for token in tokens
+    )
     if not in_range or not tokens or len(set(tokens)) < len(tokens):
-        raise InvalidArtifact(config_field(field), f"must be a list of different token ids below {rows}")
-    head = base.head if base.tied or module == base.head else None
-    if head and "bias" in base.replaceable[head]:
+        message = f"must be a list of different token ids below {base.embedding_rows}"
+        raise InvalidArtifact(config_field(field), message)
+    if any("bias" in base.replaceable[module] for module in keys):
         raise InvalidArtifact(config_field(field), "rows of an output head that has a bias are not supported")
-    embedding = base.embedding if module == base.embedding else None
-    return TokenEmbeddings(f"{PREFIX}{module}.{saved_as}", tuple(tokens), base.width, embedding, head)
+    return TokenEmbeddings(keys, tuple(tokens), base.width)
 
 
 def _copies(keys: Collection[str], whole: Collection[str], base: BaseShapes) -> list[Copy]:
-    found = []
-    for module in (base.embedding, base.head):
-        if module in base.replaceable and module not in whole:
-            for parameter, shape in base.replaceable[module].items():
-                candidates = (f"{PREFIX}{module}.{infix}{parameter}" for infix in COPIED)
-                found += [Copy(key, module, parameter, shape) for key in candidates if key in keys]
-    return found
+    return [
+        Copy(key, module, parameter, shape)
+        for module in sorted(base.ends.difference(whole))
+        for parameter, shape in base.replaceable[module].items()
+        for infix in COPIED
+        if (key := f"{PREFIX}{module}.{infix}{parameter}") in keys
+    ]

@@ -25,11 +25,15 @@ Compile = Callable[[Artifact], Pieces]
 class Slot:
     """A resident program: where it lies, and how many running sequences pin it."""
 
-    number: int  # in the order of loading: neighbours in number tend to be neighbours in the pools
     places: Places
     soft_tokens: int = 0  # see Artifact
     pins: int = 0
     doomed: bool = False  # not to be pinned again, and evicted at the last release
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Where its first piece lies: programs that are neighbours in it tend to be neighbours in all pools."""
+        return (self.places[0].pool.number, self.places[0].row) if self.places else (-1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,6 @@ class ProgramSlots:
         self._resident: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
         self._evicted: list[Slot] = []  # whose rows the loading thread may give to others
         self._wanted: OrderedDict[str, Artifact] = OrderedDict()  # first come, first loaded
-        self._loaded = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
@@ -171,8 +174,7 @@ class ProgramSlots:
     def _settle(self, artifact: Artifact, places: Places) -> None:
         with self._changed:
             if artifact.digest in self._wanted:
-                self._resident[artifact.digest] = Slot(self._loaded, places, artifact.soft_tokens)
-                self._loaded += 1
+                self._resident[artifact.digest] = Slot(places, artifact.soft_tokens)
                 return
         self._pools.free(places)
         raise _Abandoned
@@ -220,7 +222,7 @@ class ProgramSlots:
             if old is None or old.pins:
                 return
             old.pins += 1  # ours: it can't be evicted under the copy
-        new = Slot(old.number, self._pools.copy_lower(old.places), old.soft_tokens)
+        new = Slot(self._pools.copy_lower(old.places), old.soft_tokens)
         with self._changed:
             moved = old.pins == 1 and not old.doomed
             if moved:

@@ -45,6 +45,9 @@ def check(artifact: Artifact, base: BaseInfo, *, max_rank: int) -> Checked:
     if spec.virtual_tokens > base.max_model_len - 2:  # a prompt and a completion have at least one token each
         message = f"{spec.virtual_tokens} leave no room for text in the context of {base.max_model_len} tokens"
         raise InvalidArtifact(f"{CONFIG_FILE}: num_virtual_tokens", message)
+    if spec.resident_bytes > base.adapter_bytes:
+        message = f"it takes {spec.resident_bytes} bytes, the server's adapter memory holds {base.adapter_bytes}"
+        raise InvalidArtifact(WEIGHTS_FILE, message)
     if not (artifact.path / MANIFEST_FILE).is_file():
         return Checked(spec, None)
     manifest = _read_manifest(artifact.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Engine:
         """One forward pass over what the scheduler chose; the deltas it gave. Empty when nothing can run now."""
         now = time.monotonic()
         expired = [self._fail(sequence, DEADLINE_ERROR) for sequence in self.scheduler.expired(now)]
-        work = sorted(self.scheduler.schedule(now), key=self._slot_number)
+        work = self._in_order(self.scheduler.schedule(now))
         if not work:
             return expired
         drawn = self._run_isolated(work)
@@ -104,7 +105,7 @@ class Engine:
         """What `_run` gives; when the batch fails, its rows are tried one by one, and those that fail again left out.
 
         Running a row again writes the same keys and values to the same places. Raises RuntimeError when every row fails
-        and there are several, or the device is lost: then a new process must take over.
+        and the base does, too: then a new process must take over.
         """
         try:
             return self._run(work)
@@ -118,8 +119,6 @@ class Engine:
                 logger.exception("generation %d of artifact %s failed", w.sequence.id, w.sequence.digest)
         if not drawn:
             self.model.check_device()
-            if len(work) > 1:
-                raise RuntimeError("no row of a batch can be computed")
         return drawn
 
     def _run(self, work: list[Work]) -> dict[Sequence, Drawn | None]:
@@ -130,7 +129,7 @@ class Engine:
         rows = [
             (self.slots[w.sequence.digest] if w.sequence.digest else None, w.count, w.sequence.computed) for w in work
         ]
-        self._last_adapters = len({slot.number for slot, *_ in rows if slot})
+        self._last_adapters = len({w.sequence.digest for w in work if w.sequence.digest})
         logits = self.model.forward(self._batch(work), self._effects.build(rows))
         drawn: dict[Sequence, Drawn | None] = dict.fromkeys(w.sequence for w in work)
         sampling = [row for row, w in enumerate(work) if w.samples]
@@ -150,9 +149,20 @@ class Engine:
                 keys, values = (stack[place.row, ready] for stack in place.pool.stacks)
                 self.model.write_kv(place.pool.module, slots, keys, values)
 
-    def _slot_number(self, work: Work) -> int:
-        """Rows of one adapter side by side, and adapters in the order in which they lie in the pools."""
-        return self.slots[work.sequence.digest].number if work.sequence.digest else -1
+    def _in_order(self, work: list[Work]) -> list[Work]:
+        """Rows of one adapter side by side, and adapters by their tokens in this step and by where they lie.
+
+        So those that one batched product can serve are neighbours.
+        """
+        tokens: Counter[str | None] = Counter()
+        for w in work:
+            tokens[w.sequence.digest] += w.count
+
+        def key(w: Work) -> tuple[int, tuple[int, int]]:
+            digest = w.sequence.digest
+            return (tokens[digest], self.slots[digest].order) if digest else (0, (0, 0))
+
+        return sorted(work, key=key)
 
     def _batch(self, work: list[Work]) -> Batch:
         chunks = []

@@ -83,6 +83,7 @@ def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:
             f"max_model_len: {config.max_model_len} is more than {longest}, the lesser of the checkpoint's "
             f"{model.max_position} positions and the KV cache's {kv_tokens} tokens"
         )
+    adapter_bytes = int(config.adapter_gb * 1e9)
     return BaseInfo(
         identity=identify(config.model, config.quantization),
         architecture=model.architecture,
@@ -91,7 +92,8 @@ def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:
         max_model_len=config.max_model_len or longest,
         kv_tokens=kv_tokens,
         eos_token_ids=model.eos_token_ids,
-        memory={**model.memory(), "adapters, at most": int(config.adapter_gb * 1e9)},
+        memory={**model.memory(), "adapters, at most": adapter_bytes},
+        adapter_bytes=adapter_bytes,
         device=str(model.device),
     )
 

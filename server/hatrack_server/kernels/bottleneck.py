@@ -20,8 +20,8 @@ def add_bottleneck(
     """
     for run in runs:
         tokens = run.tokens(y)
-        units = activation(down_bias[run.rows, None].baddbmm(tokens.to(down.dtype), down[run.rows].mT))
-        tokens.add_(up_bias[run.rows, None].baddbmm(units, up[run.rows]))
+        units = activation(down_bias[run.index, None].baddbmm(tokens.to(down.dtype), down[run.index].mT))
+        tokens.add_(up_bias[run.index, None].baddbmm(units, up[run.index]))
 
 
 def add_bottleneck_reference(

@@ -16,7 +16,7 @@ def add_kronecker(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor, runs: list[Run])
     """
     for run in runs:
         tokens = run.tokens(x).to(w1.dtype).unflatten(-1, (w1.shape[2], w2.shape[2]))
-        product = w1[run.rows, None] @ (tokens @ w2[run.rows, None].mT)
+        product = w1[run.index, None] @ (tokens @ w2[run.index, None].mT)
         run.tokens(y).add_(product.flatten(-2))
 
 

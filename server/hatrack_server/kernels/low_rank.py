@@ -14,11 +14,12 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) ->
     own adapter's values only, so a NaN stays with its owner.
     """
     for run in runs:
-        if run.count == 1:
-            y[run.start : run.stop] += (x[run.start : run.stop].to(a.dtype) @ a[run.row].mT) @ b[run.row]
+        shrunk = run.tokens(x).to(a.dtype).bmm(a[run.index].mT)
+        out = run.tokens(y)
+        if out.dtype is b.dtype:
+            out.baddbmm_(shrunk, b[run.index])
         else:
-            shrunk = run.tokens(x).to(a.dtype).bmm(a[run.rows].mT)
-            run.tokens(y).add_(shrunk.bmm(b[run.rows]))
+            out.add_(shrunk.bmm(b[run.index]))
 
 
 def add_low_rank_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
@@ -33,9 +34,8 @@ def add_embedded(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, runs: list[Run]) 
     y[T, width], ids[T], a[rows, vocabulary, r], b[rows, r, width] with the scale folded in.
     """
     for run in runs:
-        for row in range(run.count):
-            tokens = slice(run.start + row * run.length, run.start + (row + 1) * run.length)
-            y[tokens] += a[run.row + row, ids[tokens]] @ b[run.row + row]
+        for tokens, row in run.parts():
+            y[tokens] += a[row, ids[tokens]] @ b[row]
 
 
 def add_embedded_reference(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:

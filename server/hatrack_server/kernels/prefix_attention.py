@@ -14,8 +14,8 @@ def add_prefix_attention(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, r
     out[T, H, D], q[T, H, D], keys[rows, n, KV, D], values[rows, n, KV, D] with the gate folded in; H heads share KV.
     """
     for run in runs:
-        shape = (run.count, run.length, keys.shape[2], -1, q.shape[2])  # rows, tokens, KV, heads of each, D
-        grouped, k, v = q[run.start : run.stop].view(shape).float(), keys[run.rows].float(), values[run.rows].float()
+        shape = (len(run.rows), run.length, keys.shape[2], -1, q.shape[2])  # rows, tokens, KV, heads of each, D
+        grouped, k, v = q[run.start : run.stop].view(shape).float(), keys[run.index].float(), values[run.index].float()
         weights = (torch.einsum("rtkhd,rnkd->rtkhn", grouped, k) * q.shape[2] ** -0.5).softmax(-1)
         out[run.start : run.stop].view(shape).add_(torch.einsum("rtkhn,rnkd->rtkhd", weights, v))
 

@@ -3,49 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Adjacent tokens whose adapters lie in consecutive rows of a pool, each with the same number of tokens.
+    """Adjacent tokens of adapters with the same number of tokens each.
 
-    Tokens start … start + count·length - 1 belong to pool rows row … row + count - 1, `length` tokens to each. Each of
-    them starts at `position` of its sequence, as far as an adapter cares: what lies behind its virtual tokens is one
-    position to it.
+    `length` tokens belong to each of the pool's `rows`, in order, from token `start` on. All of them begin at
+    `position` of their sequences, as far as an adapter cares: what lies behind its virtual tokens is one to it.
     """
 
     start: int
     length: int
-    row: int
-    count: int = 1
+    rows: tuple[int, ...]
     position: int = 0
+    # Of the rows in a stack: a slice where they lie side by side, which spares a copy of them.
+    index: slice | Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        first, count = self.rows[0], len(self.rows)
+        adjacent = self.rows == tuple(range(first, first + count))
+        object.__setattr__(self, "index", slice(first, first + count) if adjacent else torch.tensor(self.rows))
 
     @property
     def stop(self) -> int:
         """One past the last token."""
-        return self.start + self.count * self.length
-
-    @property
-    def rows(self) -> slice:
-        """The pool's rows."""
-        return slice(self.row, self.row + self.count)
+        return self.start + len(self.rows) * self.length
 
     def tokens(self, values: Tensor) -> Tensor:
-        """Its part of values[T, n]: a view [count, length, n]."""
-        return values[self.start : self.stop].view(self.count, self.length, -1)
+        """Its part of values[T, n]: a view [rows, length, n]."""
+        return values[self.start : self.stop].view(len(self.rows), self.length, -1)
+
+    def parts(self) -> Iterator[tuple[slice, int]]:
+        """(tokens, their row), one row after the other."""
+        for nth, row in enumerate(self.rows):
+            start = self.start + nth * self.length
+            yield slice(start, start + self.length), row
 
 
-def merge_runs(segments: Iterable[Run]) -> list[Run]:
-    """Joins neighbours that continue one another, so that one batched product serves them without a gather."""
+def merge_runs(runs: Iterable[Run]) -> list[Run]:
+    """Joins neighbours of one length, so that one batched product serves them."""
     merged: list[Run] = []
-    for run in segments:
+    for run in runs:
         last = merged[-1] if merged else None
-        alike = last and (last.length, last.position) == (run.length, run.position)
-        if last and alike and (last.stop, last.row + last.count) == (run.start, run.row):
-            merged[-1] = replace(last, count=last.count + run.count)
+        if last and (last.stop, last.length, last.position) == (run.start, run.length, run.position):
+            merged[-1] = replace(last, rows=last.rows + run.rows)
         else:
             merged.append(run)
     return merged
@@ -54,5 +60,6 @@ def merge_runs(segments: Iterable[Run]) -> list[Run]:
 def each_token(runs: Iterable[Run]) -> Iterator[tuple[int, int]]:
     """(token, its pool row), for references that compute token by token."""
     for run in runs:
-        for token in range(run.start, run.stop):
-            yield token, run.row + (token - run.start) // run.length
+        for tokens, row in run.parts():
+            for token in range(tokens.start, tokens.stop):
+                yield token, row

@@ -86,7 +86,7 @@ def paged_attention(
         out[chunk] = paged_prefill(q[chunk], k_pool, v_pool, keys.slots, keys.mask, **options)
     effect = hatrack_effects.get(module.__dict__.get(NAME, ""))
     if effect is not None:
-        effect.output(out, q, module)
+        effect.output(out, q)
     return out[None], None
 
 

@@ -18,14 +18,16 @@ class FrozenLayers:
         self,
         shapes: BaseShapes,
         linears: Mapping[str, nn.Linear],
-        others: Mapping[str, nn.Module],
-        norms: Mapping[str, Tensor],
+        row_norms: Mapping[str, Tensor],
+        ends: Mapping[str, nn.Module],
+        norm_offsets: Mapping[str, float],
     ) -> None:
-        """All modules that `shapes` names, and the linears' `squared_norms`."""
+        """`row_norms` are the linears' `squared_norms`; `ends` are the embedding and the head, by name."""
         self.shapes = shapes
-        self._others = others
+        self._ends = ends
+        self._norm_offsets = norm_offsets
         self._linears = linears
-        self._norms = norms
+        self._row_norms = row_norms
 
     @torch.inference_mode()
     def project(self, layer: str, rows: Tensor) -> Tensor:
@@ -38,11 +40,15 @@ class FrozenLayers:
 
     def squared_norms(self, layer: str) -> Tensor:
         """The squared length of each row of the layer's weight: float32 [out]."""
-        return self._norms[layer].cpu()
+        return self._row_norms[layer].cpu()
 
-    def parameter(self, module: str, name: str) -> Tensor:
-        """One of a module that `shapes.replaceable` names, as the base holds it."""
-        return (self._linears.get(module) or self._others[module]).get_parameter(name).detach().cpu()
+    def end(self, module: str, parameter: str) -> Tensor:
+        """A parameter of the embedding or the head, as the base holds it."""
+        return self._ends[module].get_parameter(parameter).detach().cpu()
+
+    def norm_offset(self, norm: str) -> float:
+        """What the norm adds to its weight before it multiplies with it."""
+        return self._norm_offsets[norm]
 
     def bias(self, layer: str) -> Tensor | None:
         """The layer's bias, float32 [out], if it has one."""

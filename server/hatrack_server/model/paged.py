@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from bitsandbytes.nn import Params4bit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from hatrack_server.config import EngineConfig
@@ -18,7 +18,7 @@ from hatrack_server.model.layers import FrozenLayers, squared_norms
 from hatrack_server.model.load import load_base, read_config
 from hatrack_server.model.probe import probe, refuse_unservable
 from hatrack_server.model.shapes import attention_modules, base_shapes, kv_shapes
-from hatrack_server.model.wrap import Effect, Effects, wrap_linears, wrap_others
+from hatrack_server.model.wrap import Effect, Effects, wrap_embedding, wrap_linears, wrap_norms
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -51,11 +51,15 @@ class PagedModel:
             module.__dict__[NAME] = name  # by which `paged_attention` finds the effect of a step
         self._attention_layers = {name: layer for layer, name in enumerate(attention)}
         linears = wrap_linears(self._model, self._effects, packed=config.packed)
-        norms = squared_norms(linears)
+        row_norms = squared_norms(linears)
         cache = self._cache_of_a_pass()
         shapes = base_shapes(self._model, linears, attention, cache)
-        others = wrap_others(self._model, shapes.replaceable.keys() - linears.keys(), self._effects)
-        self.layers = FrozenLayers(shapes, linears, others, norms)
+        embedding = wrap_embedding(self._model, shapes.embedding, self._effects)
+        offsets = wrap_norms(self._model, sorted(shapes.replaceable.keys() - shapes.ends), self._effects)
+        ends: dict[str, nn.Module] = {shapes.embedding: embedding}
+        if shapes.head:
+            ends[shapes.head] = linears[shapes.head]
+        self.layers = FrozenLayers(shapes, linears, row_norms, ends, offsets)
         self.head = shapes.head
         progress("allocating the KV cache", 0.6)
         kv = kv_shapes(cache)
@@ -147,8 +151,9 @@ class PagedModel:
                 holder.sliding_window = width
 
     def check_device(self) -> None:
-        """Raises RuntimeError when the device computes nothing any more."""
-        torch.ones(1, device=self.device).add_(1).item()
+        """Raises RuntimeError when the base computes nothing any more, or nothing finite."""
+        if not self._eagerly(torch.tensor([0]), None).isfinite().all():
+            raise RuntimeError("the base gives what is not finite")
 
     def clear_kv(self) -> None:
         """Zeroes the whole pool."""

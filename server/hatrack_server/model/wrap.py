@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,11 +16,11 @@ from hatrack_server.kernels.nf4_linear import choose_layout, nf4_linear
 class Effect(Protocol):
     """What the adapters of one batch do at one module."""
 
-    def input(self, x: Tensor, module: nn.Module) -> Tensor:
+    def input(self, x: Tensor) -> Tensor:
         """What a linear layer's product takes in place of x[T, in]."""
 
-    def output(self, y: Tensor, x: Tensor, module: nn.Module) -> None:
-        """Changes the module's output y[T, …] in place, given what it got: x[T, …]."""
+    def output(self, y: Tensor, x: Tensor) -> None:
+        """Changes the module's output y[T, …] in place, given x[T, …]: what it got, a norm's as it is normalised."""
 
 
 class Effects:
@@ -37,18 +39,56 @@ class Adapted(nn.Module):
         self.name = name
         self._effects = effects
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x[1, T, …] to [1, T, …]."""
-        y: Tensor = self.base(x)
-        effect = self._effects.by_module.get(self.name)
-        if effect is not None:
-            effect.output(y[0], x[0], self.base)
-        return y
-
     @property
     def weight(self) -> Tensor | nn.Module:
         """The base's weight: some modelling code looks at its dtype."""
         return self.base.weight
+
+
+class AdaptedEmbedding(Adapted):
+    """The embedding with the current step's effect on its output."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids[1, T] to [1, T, width]."""
+        y: Tensor = self.base(ids)
+        effect = self._effects.by_module.get(self.name)
+        if effect is not None:
+            effect.output(y.view(-1, y.shape[-1]), ids.view(-1))
+        return y
+
+
+class AdaptedNorm(Adapted):
+    """A norm with the current step's effect on its output.
+
+    offset: what the norm adds to its weight before it multiplies with it: 1 in Gemma's, else 0.
+    """
+
+    def __init__(self, base: nn.Module, name: str, effects: Effects) -> None:
+        super().__init__(base, name, effects)
+        self.offset, self._normalise = _without_parameters(base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[…, width] to the same shape: [1, T, width], or [T, width] where modelling code flattens it."""
+        y: Tensor = self.base(x)
+        effect = self._effects.by_module.get(self.name)
+        if effect is not None:
+            normalised = self._normalise(x.float())  # so that what an adapter gives is rounded once
+            effect.output(y.view(-1, y.shape[-1]), normalised.view(-1, x.shape[-1]))
+        return y
+
+
+@torch.no_grad()
+def _without_parameters(norm: nn.Module) -> tuple[float, nn.Module]:
+    """The offset of a norm's weight, and a copy of the norm that neither scales nor shifts."""
+    plain = copy.deepcopy(norm).float()
+    for parameter in plain.parameters():
+        parameter.zero_()
+    weight = plain.get_parameter("weight")
+    ramp = torch.arange(1.0, len(weight) + 1).to(weight)
+    if plain(ramp[None]).any():
+        return 1.0, plain
+    weight.fill_(1)
+    return 0.0, plain
 
 
 class AdaptedLinear(Adapted):
@@ -62,8 +102,8 @@ class AdaptedLinear(Adapted):
         if effect is None:
             return nf4_linear(x, self.base)
         tokens = x.reshape(-1, x.shape[-1])
-        y = nf4_linear(effect.input(tokens, self.base), self.base)
-        effect.output(y, tokens, self.base)
+        y = nf4_linear(effect.input(tokens), self.base)
+        effect.output(y, tokens)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -76,12 +116,19 @@ def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> d
     return linears
 
 
-def wrap_others(model: PreTrainedModel, names: Iterable[str], effects: Effects) -> dict[str, nn.Module]:
-    """Replaces modules of one tensor to one, [1, T, …] to [1, T, …], in place; returns them as they were, by name."""
-    modules = {name: model.get_submodule(name) for name in names}
-    for name, module in modules.items():
-        _put(model, Adapted(module, name, effects))
-    return modules
+def wrap_embedding(model: PreTrainedModel, name: str, effects: Effects) -> nn.Module:
+    """Replaces the embedding in place; returns it as it was."""
+    embedding = model.get_submodule(name)
+    _put(model, AdaptedEmbedding(embedding, name, effects))
+    return embedding
+
+
+def wrap_norms(model: PreTrainedModel, names: Iterable[str], effects: Effects) -> dict[str, float]:
+    """Replaces norms in place; returns their weights' offsets by name."""
+    norms = [AdaptedNorm(model.get_submodule(name), name, effects) for name in names]
+    for norm in norms:
+        _put(model, norm)
+    return {norm.name: norm.offset for norm in norms}
 
 
 def _put(model: PreTrainedModel, adapted: Adapted) -> None:

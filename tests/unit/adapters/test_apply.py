@@ -4,15 +4,22 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hatrack_server.adapters.apply import BatchEffects
-from hatrack_server.adapters.pieces import InputScale, LowRank, OutputScale, OutputShift, SoftPrompt
+from hatrack_server.adapters.pieces import (
+    InputScale,
+    LowRank,
+    OutputScale,
+    OutputShift,
+    ReluBottleneck,
+    ReplacedHead,
+    SoftPrompt,
+)
 from hatrack_server.adapters.pools import Pools
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.types import LinearShape
 
-MODULE = nn.Identity()  # no piece here looks at it
 LINEARS = {"q": LinearShape(6, 4), "v": LinearShape(3, 4)}
 # Rank by layer of each program: several classes, two of one class, and layers that one of them lacks.
 PROGRAMS = [{"q": 4, "v": 4}, {"q": 3, "v": 9}, {"q": 16}, {"v": 4}, {"q": 4, "v": 4}, {}]
@@ -34,7 +41,7 @@ class Programs:
         pools = Pools(torch.float32, torch.device("cpu"), budget=1 << 20)
         self.pieces: list[dict[str, LowRank]] = []
         self.slots: list[Slot] = []
-        for number, ranks in enumerate(PROGRAMS):
+        for ranks in PROGRAMS:
             pieces = {
                 layer: LowRank(
                     torch.randn(rank, LINEARS[layer].in_features, generator=generator),
@@ -43,7 +50,7 @@ class Programs:
                 for layer, rank in ranks.items()
             }
             self.pieces.append(pieces)
-            self.slots.append(Slot(number, pools.place(tuple(pieces.items()))))
+            self.slots.append(Slot(pools.place(tuple(pieces.items()))))
 
     def rows(self, rows: Rows) -> list[tuple[Slot | None, int, int]]:
         """Each at position 7: where, matters to soft prompts alone."""
@@ -81,7 +88,7 @@ def test_each_row_meets_its_own_program(programs: Programs, batch: str, layer: s
     wanted = programs.reference(layer, rows, y, x)
     effects = BatchEffects().build(programs.rows(rows))
     if layer in effects:
-        effects[layer].output(y, x, MODULE)
+        effects[layer].output(y, x)
     torch.testing.assert_close(y, wanted)
 
 
@@ -106,7 +113,7 @@ def test_a_program_loaded_again_elsewhere_is_another(programs: Programs) -> None
     effects = BatchEffects()
     old = programs.slots[0]
     first = effects.build([(old, 1, 0)])
-    assert effects.build([(Slot(old.number, old.places), 1, 0)]) is not first
+    assert effects.build([(Slot(old.places), 1, 0)]) is not first
 
 
 def test_a_callers_list_may_change_afterwards(programs: Programs) -> None:
@@ -123,7 +130,7 @@ def test_a_bad_program_touches_its_own_rows_only(programs: Programs) -> None:
     wanted = programs.reference("q", rows, y, x)
     bad = next(place for place in programs.slots[4].places if place.pool.module == "q")
     bad.pool.stacks[0][bad.row] = math.nan
-    BatchEffects().build(programs.rows(rows))["q"].output(y, x, MODULE)
+    BatchEffects().build(programs.rows(rows))["q"].output(y, x)
     assert y[1].isnan().all()
     torch.testing.assert_close(y[[0, 2, 3]], wanted[[0, 2, 3]])
 
@@ -134,24 +141,24 @@ def test_pieces_act_in_their_order_whatever_the_order_of_a_program() -> None:
     pieces = (OutputShift(shift), OutputScale(scale), LowRank(a[None], b[None]), InputScale(x_scale))
     places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place(tuple(("q", piece) for piece in pieces))
     y, x = inputs("q", [(None, 1), (0, 2)])
-    effect = BatchEffects().build([(None, 1, 0), (Slot(0, places), 2, 0)])["q"]
-    seen, before = effect.input(x, MODULE), x.clone()
+    effect = BatchEffects().build([(None, 1, 0), (Slot(places), 2, 0)])["q"]
+    seen, before = effect.input(x), x.clone()
     assert torch.equal(x, before)
     torch.testing.assert_close(seen, torch.cat([x[:1], x[1:] * x_scale]))
     wanted = torch.cat([y[:1], (y[1:] + (x[1:] @ a)[:, None] * b) * scale + shift])
-    effect.output(y, x, MODULE)
+    effect.output(y, x)
     torch.testing.assert_close(y, wanted)
 
 
 def test_a_soft_prompt_takes_the_first_positions_of_its_sequence_alone() -> None:
     soft = torch.arange(12.0).view(3, 4)
     places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place((("q", SoftPrompt(soft)),))
-    slot = Slot(0, places, soft_tokens=3)
+    slot = Slot(places, soft_tokens=3)
     effects = BatchEffects()
     # A chunk inside, one across its end, one behind it; another sequence's beginning right after.
     parts = [(slot, 2, 0), (slot, 3, 1), (None, 1, 0), (slot, 2, 3), (slot, 1, 9), (slot, 4, 0)]
     y = torch.full((13, 4), -1.0)
-    effects.build(parts)["q"].output(y, torch.zeros(13, dtype=torch.int64), MODULE)
+    effects.build(parts)["q"].output(y, torch.zeros(13, dtype=torch.int64))
     kept = [-1.0] * 4
     wanted = [*soft[:2].tolist(), *soft[1:].tolist(), kept, kept, kept, kept, kept, *soft.tolist(), kept]
     assert y.tolist() == wanted
@@ -159,7 +166,29 @@ def test_a_soft_prompt_takes_the_first_positions_of_its_sequence_alone() -> None
 
 def test_decodes_behind_a_soft_prompt_repeat() -> None:
     places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place((("q", SoftPrompt(torch.zeros(3, 4))),))
-    slot, effects = Slot(0, places, soft_tokens=3), BatchEffects()
+    slot, effects = Slot(places, soft_tokens=3), BatchEffects()
     first = effects.build([(slot, 1, 5)])
     assert effects.build([(slot, 1, 6)]) is first
     assert effects.build([(slot, 1, 2)]) is not first
+
+
+def test_pieces_at_one_module_act_in_the_order_of_their_stages() -> None:
+    """Whatever their order in the program: y = bottleneck((head + low rank) * scale + shift)."""
+    generator = torch.Generator().manual_seed(0)
+    pieces = [
+        ReluBottleneck(*(torch.randn(shape, generator=generator) for shape in ((3, 6), (3,), (3, 6), (6,)))),
+        OutputShift(torch.randn(6, generator=generator)),
+        OutputScale(torch.randn(6, generator=generator)),
+        LowRank(torch.randn(2, 4, generator=generator), torch.randn(2, 6, generator=generator)),
+        ReplacedHead(torch.randn(6, 4, generator=generator)),
+        InputScale(torch.randn(4, generator=generator)),
+    ]
+    places = Pools(torch.float32, torch.device("cpu"), 10**6).place(tuple(("q", piece) for piece in pieces))
+    effect = BatchEffects().build([(Slot(places), 2, 0)])["q"]
+    x, y = torch.randn(2, 4, generator=generator), torch.randn(2, 6, generator=generator)
+    bottleneck, shift, scale, low_rank, head, input_scale = (piece.tensors for piece in pieces)
+    torch.testing.assert_close(effect.input(x), x * input_scale[0])
+    h = (x @ head[0].mT + x @ low_rank[0].mT @ low_rank[1]) * scale[0] + shift[0]
+    wanted = h + (h @ bottleneck[0].mT + bottleneck[1]).relu() @ bottleneck[2] + bottleneck[3]
+    effect.output(y, x)
+    torch.testing.assert_close(y, wanted)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hatrack_server.adapters import methods
 from hatrack_server.adapters.methods.lokr import factorized
-from hatrack_server.adapters.pieces import Call, Kronecker, LowRank, OutputScale, Pieces, Stage
+from hatrack_server.adapters.pieces import Kronecker, LowRank, OutputScale, Pieces, Stage
 from hatrack_server.adapters.pools import Pools
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
@@ -58,6 +58,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "hra, made orthogonal": peft.HRAConfig(r=3, apply_GS=True, target_modules=["q_proj", "down_proj"]),
     "deft": peft.DeftConfig(r=3, target_modules=["q_proj", "down_proj"]),
     "deft by qr": peft.DeftConfig(r=13, alpha=4, decomposition_method="qr", target_modules=["q_proj", "k_proj"]),
+    "deft, alpha 0": peft.DeftConfig(r=3, alpha=0, target_modules=["q_proj"]),
     "para": peft.DeftConfig(r=3, para=True, target_modules=["k_proj", "down_proj"]),
     "vblora": peft.VBLoRAConfig(r=3, num_vectors=7, vector_length=12, target_modules=["q_proj", "k_proj"]),
     "vblora, the whole bank": peft.VBLoRAConfig(
@@ -109,8 +110,11 @@ class Layers:
     def squared_norms(self, layer: str) -> Tensor:
         return self._weight(layer).square().sum(1)
 
-    def parameter(self, module: str, name: str) -> Tensor:
-        return self._net.get_submodule(module).get_parameter(name).detach()
+    def end(self, module: str, parameter: str) -> Tensor:
+        return self._net.get_submodule(module).get_parameter(parameter).detach()
+
+    def norm_offset(self, norm: str) -> float:
+        raise KeyError(norm)
 
     def bias(self, layer: str) -> Tensor | None:
         bias = self._net.get_submodule(layer).bias
@@ -153,16 +157,16 @@ def headers_of(path: Path) -> dict[str, TensorHeader]:
 
 def applied(pieces: Pieces, layer: str, x: Tensor, net: Net) -> Tensor:
     """The layer's output for tokens that all have these pieces."""
-    run, call = [Run(0, len(x), 0)], Call(x, net.get_submodule(layer))
+    run = [Run(0, len(x), (0,))]
     mine = sorted((piece for where, piece in pieces if where == layer), key=lambda piece: piece.stage)
     seen = x.clone()
     for piece in mine:
         if piece.stage is Stage.INPUT:
-            piece.act(seen, call, tuple(tensor[None] for tensor in piece.tensors), run)
+            piece.act(seen, x, tuple(tensor[None] for tensor in piece.tensors), run)
     y = net.get_submodule(layer)(seen)
     for piece in mine:
         if piece.stage is not Stage.INPUT:
-            piece.act(y, call, tuple(tensor[None].double() for tensor in piece.tensors), run)
+            piece.act(y, x, tuple(tensor[None].double() for tensor in piece.tensors), run)
     return y
 
 
@@ -271,6 +275,19 @@ def test_delora_weighs_inputs_as_its_file_says(tmp_path: Path) -> None:
     for layer, piece in before.items():
         assert torch.equal(after[layer].tensors[0], 2 * piece.tensors[0])
         assert torch.equal(after[layer].tensors[1], piece.tensors[1])
+
+
+def test_a_delora_direction_of_no_length_adds_nothing(tmp_path: Path) -> None:
+    _, config = saved(CONFIGS["delora"], tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for key, tensor in tensors.items():
+        if key.endswith("delora_A"):
+            tensor[0] = 0
+    for _, piece in methods.compile(config, tensors, Layers(Net().double())):
+        a, b = piece.tensors
+        assert a.isfinite().all()
+        assert b.isfinite().all()
+        assert not a[0].any()
 
 
 def test_reflections_that_cancel_change_nothing() -> None:

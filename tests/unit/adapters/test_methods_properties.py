@@ -25,9 +25,11 @@ from hatrack_server.adapters.pieces import (
     OutputScale,
     OutputShift,
     Piece,
-    ReplacedEmbeddings,
-    ReplacedModule,
+    ReplacedEmbedding,
+    ReplacedHead,
+    ReplacedNorm,
     ReplacedScores,
+    ReplacedTokens,
     SoftPrompt,
 )
 from hatrack_server.adapters.safetensors_header import TensorHeader
@@ -73,8 +75,11 @@ class Layers:
     def squared_norms(self, layer: str) -> Tensor:
         return torch.ones(LINEARS[layer].out_features)
 
-    def parameter(self, module: str, name: str) -> Tensor:
-        return torch.zeros(BASE.replaceable[module][name])
+    def end(self, module: str, parameter: str) -> Tensor:
+        return torch.zeros(BASE.replaceable[module][parameter])
+
+    def norm_offset(self, norm: str) -> float:
+        return float(norm == "model.norm")
 
     def bias(self, layer: str) -> Tensor | None:
         return None
@@ -166,7 +171,7 @@ KINDS: dict[str, Kind] = {
     "BOTTLENECK": Kind(bottleneck, settings=lambda r: {"r": r, "activation": "gelu"}),
     "LN_TUNING": Kind(of_file=norms, settings=lambda _: {"target_modules": ["input_layernorm", "norm"]}, targets=False),
     "TRAINABLE_TOKENS": Kind(
-        of_file=lambda _, r: {f"{PREFIX}{EMBEDDING}.trainable_tokens_delta": (r, WIDTH)},
+        of_file=lambda _, r: {f"{PREFIX}{end}.trainable_tokens_delta": (r, WIDTH) for end in (EMBEDDING, HEAD)},
         settings=lambda r: {"target_modules": ["embed_tokens"], "token_indices": [*range(r)]},
         targets=False,
     ),
@@ -293,10 +298,9 @@ def fits(module: str, piece: Piece) -> bool:
         case GeluBottleneck():
             r, out = len(piece.down), LINEARS[module].out_features
             return [tuple(tensor.shape) for tensor in piece.tensors] == [(r, out), (r,), (r, out), (out,)]
-        case ReplacedModule():
-            own = {name: tensor for name in ("weight", "bias") if (tensor := getattr(piece, name)) is not None}
-            return {name: tuple(tensor.shape) for name, tensor in own.items()} == REPLACEABLE[module]
-        case ReplacedEmbeddings(tokens, rows) | ReplacedScores(tokens, rows):
+        case ReplacedEmbedding() | ReplacedHead() | ReplacedNorm():
+            return [tuple(tensor.shape) for tensor in piece.tensors] == [*REPLACEABLE[module].values()]
+        case ReplacedTokens(tokens, rows) | ReplacedScores(tokens, rows):
             in_range = bool(((tokens >= 0) & (tokens < VOCABULARY)).all())
             return in_range and rows.shape == (len(tokens), WIDTH) and module in (EMBEDDING, HEAD)
         case SoftPrompt(rows):

@@ -23,7 +23,7 @@ def at(layer: str, *pieces: Piece) -> Pieces:
 
 @pytest.fixture
 def pool() -> Pool:
-    return Pool("up", piece(4, 0.0), torch.float32, CPU)
+    return Pool(0, "up", piece(4, 0.0), torch.float32, CPU)
 
 
 def pools(budget: int) -> Pools:

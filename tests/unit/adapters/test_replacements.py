@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor
 
 from hatrack_server.adapters import methods
-from hatrack_server.adapters.pieces import LowRank, ReplacedEmbeddings, ReplacedModule, ReplacedScores
+from hatrack_server.adapters.pieces import (
+    LowRank,
+    Piece,
+    ReplacedEmbedding,
+    ReplacedHead,
+    ReplacedNorm,
+    ReplacedScores,
+    ReplacedTokens,
+)
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
 from hatrack_server.types import BaseShapes, LinearShape
@@ -43,10 +52,11 @@ DELTA = "token_adapter.trainable_tokens_delta"
 
 
 class Layers:
-    """A base whose every parameter is zero."""
+    """A base whose weights are zero, but for the given one of embedding and head."""
 
-    def __init__(self, shapes: BaseShapes) -> None:
+    def __init__(self, shapes: BaseShapes, end: Tensor | None = None) -> None:
         self.shapes = shapes
+        self._end = torch.zeros(VOCABULARY, WIDTH) if end is None else end
 
     def project(self, layer: str, rows: Tensor) -> Tensor:
         return torch.zeros(len(rows), self.shapes.linears[layer].out_features)
@@ -54,8 +64,11 @@ class Layers:
     def squared_norms(self, layer: str) -> Tensor:
         return torch.ones(self.shapes.linears[layer].out_features)
 
-    def parameter(self, module: str, name: str) -> Tensor:
-        return torch.zeros(self.shapes.replaceable[module][name])
+    def end(self, module: str, parameter: str) -> Tensor:
+        return self._end
+
+    def norm_offset(self, norm: str) -> float:
+        return float(norm == NORM)
 
     def bias(self, layer: str) -> Tensor | None:
         return None
@@ -84,9 +97,14 @@ def pieces(base: BaseShapes, tensors: dict[str, tuple[int, ...]], **settings: An
     assert spec.tensors == {key: header.shape for key, header in given.items()}
     ones = {key: torch.ones(header.shape) for key, header in given.items()}
     found = methods.compile(config(**settings), ones, Layers(base))
-    resident = sum(sum(t.numel() * (2 if t.is_floating_point() else 8) for t in piece.tensors) for _, piece in found)
+    resident = sum(tensor.numel() * size(piece, tensor) for _, piece in found for tensor in piece.tensors)
     assert spec.resident_bytes == resident
     return {(module, type(piece)): piece for module, piece in found}
+
+
+def size(piece: Piece, tensor: Tensor) -> int:
+    """Bytes of a number in a pool."""
+    return (piece.dtype or torch.bfloat16).itemsize if tensor.is_floating_point() else 8
 
 
 WHOLE = {
@@ -102,21 +120,24 @@ def test_modules_to_save_take_the_place_of_the_bases_own() -> None:
     found = pieces(UNTIED, WHOLE, modules_to_save=["lm_head", "embed_tokens", "norm"], target_modules=["q_proj", HEAD])
     assert found.keys() == {
         (PROJECTION, LowRank),  # none at the head: what is trained whole has no adapter
-        (HEAD, ReplacedModule),
-        (EMBEDDING, ReplacedModule),
-        (NORM, ReplacedModule),
-        ("model.layers.0.input_layernorm", ReplacedModule),  # PEFT takes every name that ends so
+        (HEAD, ReplacedHead),
+        (EMBEDDING, ReplacedEmbedding),
+        (NORM, ReplacedNorm),
+        ("model.layers.0.input_layernorm", ReplacedNorm),  # PEFT takes every name that ends so
     }
-    assert found[NORM, ReplacedModule].bias is not None
-    assert found[HEAD, ReplacedModule].bias is None
+    assert found[EMBEDDING, ReplacedEmbedding].rows.eq(2).all()  # with the embedding's scale
+    assert found[NORM, ReplacedNorm].scale.eq(2).all()  # with the norm's offset
+    assert found["model.layers.0.input_layernorm", ReplacedNorm].scale.eq(1).all()
+    assert found[NORM, ReplacedNorm].bias is not None
+    assert found[HEAD, ReplacedHead].bias is None
 
 
 def test_tokens_of_a_tied_base_are_replaced_at_both_ends() -> None:
     delta = {f"{EMBEDDING}.{DELTA}": (3, WIDTH)}
     own = pieces(UNTIED, delta, trainable_token_indices=[1, 9, 2])
-    assert own.keys() == {(PROJECTION, LowRank), (EMBEDDING, ReplacedEmbeddings)}
-    assert own[EMBEDDING, ReplacedEmbeddings].tokens.tolist() == [1, 9, 2]
-    assert own[EMBEDDING, ReplacedEmbeddings].rows.eq(2).all()  # with the embedding's scale, which the head has not
+    assert own.keys() == {(PROJECTION, LowRank), (EMBEDDING, ReplacedTokens)}
+    assert own[EMBEDDING, ReplacedTokens].tokens.tolist() == [1, 2, 9]
+    assert own[EMBEDDING, ReplacedTokens].rows.eq(2).all()  # with the embedding's scale, which the head has not
     for wanted in ([1, 9, 2], {"embed_tokens": [1, 9, 2]}, {"embed_tokens": [1, 9, 2], "lm_head": [1, 9, 2]}):
         both = pieces(TIED, delta, trainable_token_indices=wanted)
         assert both.keys() == own.keys() | {(HEAD, ReplacedScores)}
@@ -127,10 +148,23 @@ def test_one_weight_trained_as_such_is_replaced_at_both_ends() -> None:
     for wanted in (["embed_tokens"], ["lm_head"]):
         ends = {f"{EMBEDDING}.weight": (VOCABULARY, WIDTH), f"{HEAD}.weight": (VOCABULARY, WIDTH)}
         found = pieces(TIED, ends, modules_to_save=wanted, ensure_weight_tying=True)
-        assert found.keys() == {(PROJECTION, LowRank), (EMBEDDING, ReplacedModule), (HEAD, ReplacedModule)}
+        assert found.keys() == {(PROJECTION, LowRank), (EMBEDDING, ReplacedEmbedding), (HEAD, ReplacedHead)}
+    shared = {f"{EMBEDDING}.weight": (VOCABULARY, WIDTH)}  # a file that holds the weight only once
+    once = pieces(TIED, shared, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    assert once.keys() == found.keys()
+    alone = pieces(UNTIED, shared, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    assert alone.keys() == {(PROJECTION, LowRank), (EMBEDDING, ReplacedEmbedding)}
 
 
-@pytest.mark.parametrize("key", [f"{HEAD}.base_layer.weight", f"{EMBEDDING}.weight", f"{HEAD}.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{HEAD}.base_layer.weight",
+        f"{EMBEDDING}.weight",
+        f"{HEAD}.weight",
+        f"{EMBEDDING}.token_adapter.base_layer.weight",
+    ],
+)
 def test_copies_of_the_bases_weights_are_checked_and_dropped(key: str) -> None:
     given = headers(**{key: (VOCABULARY, WIDTH)})
     spec = methods.describe(config(), given, UNTIED, max_rank=8)
@@ -162,12 +196,49 @@ def test_copies_of_the_bases_weights_are_checked_and_dropped(key: str) -> None:
         (BIASED, {"trainable_token_indices": {"lm_head": [1]}}),
         (TIED, {"trainable_token_indices": {"lm_head": [1]}}),
         (TIED, {"trainable_token_indices": {"lm_head": [1], "embed_tokens": [2]}}),
-        (TIED, {"ensure_weight_tying": "yes"}),
+        (TIED, {"ensure_weight_tying": "yes", "modules_to_save": ["lm_head"]}),
+        (UNTIED, {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}),
     ],
     ids=str,
 )
 def test_what_is_malformed_is_refused_by_name(base: BaseShapes, settings: dict[str, Any]) -> None:
     assert refusal(base, {}, **settings).field == f"adapter_config.json: {next(iter(settings))}"
+
+
+def test_a_copy_may_be_rounded_to_another_precision() -> None:
+    key, values = f"{PREFIX}{HEAD}.weight", torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))
+    lora = {name: torch.ones(shape) for name, shape in LORA.items()}
+    precisions = (torch.float32, torch.bfloat16, torch.float16)
+    for own, copied in itertools.product(precisions, precisions):
+        base = Layers(UNTIED, values.to(own))
+        assert len(methods.compile(config(), lora | {key: values.to(copied)}, base)) == 1
+        other = values.to(copied).clone()
+        other[2, 1] *= 1.1
+        with pytest.raises(InvalidArtifact, match="no copy"):
+            methods.compile(config(), lora | {key: other}, base)
+
+
+def test_a_name_that_also_means_what_cannot_be_replaced_is_refused() -> None:
+    with_key_norm = WHOLE | {"model.layers.0.self_attn.k_norm.weight": (2,)}
+    assert "k_norm" in refusal(UNTIED, with_key_norm, modules_to_save=["norm"]).message
+
+
+def test_trainable_tokens_alone_are_saved_under_both_names_of_one_weight() -> None:
+    settings = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 1], "target_modules": "model.embed_tokens"}
+    for base, ends in ((UNTIED, {EMBEDDING}), (TIED, {EMBEDDING, HEAD})):
+        given = {f"{PREFIX}{end}.trainable_tokens_delta": TensorHeader("F32", (2, WIDTH)) for end in ends}
+        spec = methods.describe(settings, given, base, max_rank=1)
+        assert (spec.parameters, len(spec.tensors)) == (2 * WIDTH, len(ends))
+        ones = {key: torch.ones(header.shape) for key, header in given.items()}
+        assert {module for module, _ in methods.compile(settings, ones, Layers(base))} == ends
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_layernorm_tuning_takes_norms_alone(target: str) -> None:
+    module = {"lm_head": HEAD, "embed_tokens": EMBEDDING}[target]
+    weight = {f"{PREFIX}{module}.ln_tuning_layers.weight": TensorHeader("F32", (VOCABULARY, WIDTH))}
+    with pytest.raises(InvalidArtifact):
+        methods.describe({"peft_type": "LN_TUNING", "target_modules": [target]}, weight, UNTIED, max_rank=1)
 
 
 def test_an_adapter_on_both_ends_of_one_weight_is_refused() -> None:

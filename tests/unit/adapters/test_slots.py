@@ -155,8 +155,8 @@ def test_programs_loaded_in_a_row_are_neighbours(rack: Callable[[int], Rack]) ->
     r.load("a", "b", "c")
     for digest in "abc":
         assert r.slots.acquire(digest)
-    assert [r.slots[d].number for d in "abc"] == [0, 1, 2]
     assert [r.slots[d].places[0].row for d in "abc"] == [0, 1, 2]
+    assert [r.slots[d].order for d in "abc"] == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_the_least_recently_used_goes_first(rack: Callable[[int], Rack]) -> None:

@@ -8,7 +8,7 @@ import torch
 from hatrack_server.kernels.prefix_attention import add_prefix_attention, add_prefix_attention_reference
 from hatrack_server.kernels.runs import Run
 
-RUNS = [Run(0, 3, 1), Run(4, 1, 0, 3), Run(7, 2, 2)]
+RUNS = [Run(0, 3, (1,)), Run(4, 1, (0, 1, 2)), Run(7, 2, (2,))]
 TOKENS, DIM, ROWS, LENGTH = 10, 6, 3, 5
 
 

@@ -11,12 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from hatrack_server.kernels.bottleneck import add_bottleneck, add_bottleneck_reference
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
 from hatrack_server.kernels.low_rank import add_embedded, add_embedded_reference, add_low_rank, add_low_rank_reference
-from hatrack_server.kernels.replacement import replace_embeddings, replace_output, replace_scores
+from hatrack_server.kernels.replacement import (
+    replace_embedding,
+    replace_linear,
+    replace_norm,
+    replace_scores,
+    replace_tokens,
+)
 from hatrack_server.kernels.rowwise import add_vector, multiply_vector, replace_first
 from hatrack_server.kernels.runs import Run, each_token, merge_runs
 
@@ -36,13 +42,22 @@ def add_reference(y: Tensor, _: Tensor, stacks: Stacks, runs: list[Run]) -> None
         y[token] += stacks[0][row]
 
 
-LINEAR = nn.Linear(IN, OUT)
 CHOSEN = torch.tensor([[1, 5]]).expand(ROWS, -1)  # the tokens that every row replaces
 
 
 def linear_reference(y: Tensor, x: Tensor, stacks: Stacks, runs: list[Run]) -> None:
     for token, row in each_token(runs):
         y[token] = stacks[0][row] @ x[token].to(stacks[0].dtype) + stacks[1][row]
+
+
+def norm_reference(y: Tensor, x: Tensor, stacks: Stacks, runs: list[Run]) -> None:
+    for token, row in each_token(runs):
+        y[token] = x[token, :OUT] * stacks[0][row] + stacks[1][row]
+
+
+def embedding_reference(y: Tensor, x: Tensor, stacks: Stacks, runs: list[Run]) -> None:
+    for token, row in each_token(runs):
+        y[token] = stacks[0][row, ids_of(x)[token]]
 
 
 def scores_reference(y: Tensor, x: Tensor, stacks: Stacks, runs: list[Run]) -> None:
@@ -56,7 +71,7 @@ def ids_of(x: Tensor) -> Tensor:
     return (x[:, 0] * 100).long() % 6
 
 
-def embeddings_reference(y: Tensor, x: Tensor, stacks: Stacks, runs: list[Run]) -> None:
+def tokens_reference(y: Tensor, x: Tensor, stacks: Stacks, runs: list[Run]) -> None:
     for token, row in each_token(runs):
         for nth, chosen in enumerate(CHOSEN[row]):
             if ids_of(x)[token] == chosen:
@@ -82,15 +97,23 @@ KERNELS: dict[str, tuple[list[tuple[int, ...]], Kernel, Kernel]] = {
     ),
     "replaced linear layer": (
         [(OUT, IN), (OUT,)],
-        lambda y, x, stacks, runs: replace_output(
-            y, x.to(stacks[0].dtype), LINEAR, dict(zip(("weight", "bias"), stacks, strict=True)), runs
-        ),
+        lambda y, x, stacks, runs: replace_linear(y, x, [list(stack) for stack in stacks], runs),
         linear_reference,
     ),
-    "replaced embeddings": (
+    "replaced norm": (
+        [(OUT,), (OUT,)],
+        lambda y, x, stacks, runs: replace_norm(y, x[:, :OUT].contiguous(), stacks, runs),
+        norm_reference,
+    ),
+    "replaced embedding": (
+        [(6, OUT)],
+        lambda y, x, stacks, runs: replace_embedding(y, ids_of(x), list(stacks[0]), runs),
+        embedding_reference,
+    ),
+    "replaced tokens": (
         [(2, OUT)],
-        lambda y, x, stacks, runs: replace_embeddings(y, ids_of(x), CHOSEN, stacks[0], runs),
-        embeddings_reference,
+        lambda y, x, stacks, runs: replace_tokens(y, ids_of(x), CHOSEN, stacks[0], runs),
+        tokens_reference,
     ),
     "replaced scores": (
         [(2, IN)],
@@ -117,7 +140,7 @@ def tokens(count: int) -> tuple[Tensor, Tensor]:
 def runs_of(rows: list[int | None], lengths: list[int]) -> list[Run]:
     """One run for each sequence of an adapter; None is the base alone."""
     starts = [0, *itertools.accumulate(lengths)]
-    return [Run(s, n, row) for s, n, row in zip(starts, lengths, rows, strict=False) if row is not None]
+    return [Run(s, n, (row,)) for s, n, row in zip(starts, lengths, rows, strict=False) if row is not None]
 
 
 SKEWS: dict[str, list[int | None]] = {
@@ -126,6 +149,7 @@ SKEWS: dict[str, list[int | None]] = {
     "zipf": random.Random(0).choices(range(ROWS), [1 / (n + 1) for n in range(ROWS)], k=17),
     "all same": [4] * 11,
     "single": [8],
+    "not side by side": [4, 1, 8, 0],
     "among the base": [None, 2, None, None, 3, 4, None],
     "base alone": [None, None],
 }
@@ -160,7 +184,7 @@ def test_pools_of_another_dtype_than_the_layers(kernel: tuple[Stacks, Kernel, Ke
     stacks, function, reference = kernel
     y, x = (values.to(dtype) for values in tokens(6))
     wanted, found = y.clone(), y.clone()
-    runs = [Run(0, 2, 1, 2), Run(4, 2, 0)]
+    runs = [Run(0, 2, (1, 2)), Run(4, 2, (0,))]
     reference(wanted, x, stacks, runs)
     function(found, x, stacks, runs)
     assert found.dtype is dtype
@@ -170,7 +194,7 @@ def test_pools_of_another_dtype_than_the_layers(kernel: tuple[Stacks, Kernel, Ke
 def test_a_bad_adapter_touches_its_own_tokens_only(kernel: tuple[Stacks, Kernel, Kernel]) -> None:
     stacks, function, _ = kernel
     y, x = tokens(8)
-    runs = merge_runs([Run(0, 2, 0), Run(2, 2, 1), Run(4, 2, 2)])
+    runs = merge_runs([Run(0, 2, (0,)), Run(2, 2, (1,)), Run(4, 2, (2,))])
     wanted = y.clone()
     function(wanted, x, stacks, runs)
     for stack in stacks:
@@ -185,9 +209,9 @@ def test_a_bad_token_touches_no_other_of_its_adapter(kernel: tuple[Stacks, Kerne
     stacks, function, _ = kernel
     y, x = tokens(4)
     wanted = y.clone()
-    function(wanted, x, stacks, [Run(0, 4, 0)])
+    function(wanted, x, stacks, [Run(0, 4, (0,))])
     x[1] = y[1] = math.nan
-    function(y, x, stacks, [Run(0, 4, 0)])
+    function(y, x, stacks, [Run(0, 4, (0,))])
     others = [0, 2, 3]
     torch.testing.assert_close(y[others], wanted[others])
 
@@ -201,27 +225,32 @@ def rows_by_token(runs: list[Run]) -> dict[int, int]:
 def test_merging_keeps_every_tokens_row(parts: list[tuple[int, int, int]]) -> None:
     runs: list[Run] = []
     for gap, length, row in parts:
-        runs.append(Run((runs[-1].stop if runs else 0) + gap, length, row))
+        runs.append(Run((runs[-1].stop if runs else 0) + gap, length, (row,)))
     merged = merge_runs(runs)
     assert rows_by_token(merged) == rows_by_token(runs)
     assert len(merged) <= len(runs)
 
 
-def test_neighbours_in_tokens_and_rows_become_one() -> None:
-    assert merge_runs([Run(2, 1, 3), Run(3, 1, 4), Run(4, 1, 5)]) == [Run(2, 1, 3, 3)]
-    for apart in (Run(4, 1, 4), Run(3, 2, 4), Run(3, 1, 5), Run(3, 1, 3)):
-        assert merge_runs([Run(2, 1, 3), apart]) == [Run(2, 1, 3), apart]
+def test_neighbours_of_one_length_become_one() -> None:
+    [side_by_side] = merge_runs([Run(2, 1, (3,)), Run(3, 1, (4,)), Run(4, 1, (5,))])
+    assert side_by_side == Run(2, 1, (3, 4, 5))
+    assert side_by_side.index == slice(3, 6)
+    [apart] = merge_runs([Run(2, 1, (3,)), Run(3, 1, (7,)), Run(4, 1, (3,))])
+    assert apart == Run(2, 1, (3, 7, 3))
+    assert isinstance(apart.index, Tensor)
+    for other in (Run(4, 1, (4,)), Run(3, 2, (4,))):
+        assert merge_runs([Run(2, 1, (3,)), other]) == [Run(2, 1, (3,)), other]
 
 
 def test_runs_at_other_positions_of_their_sequences_stay_apart() -> None:
-    assert len(merge_runs([Run(0, 1, 0, position=2), Run(1, 1, 1, position=3)])) == 2
-    assert merge_runs([Run(0, 1, 0, position=2), Run(1, 1, 1, position=2)]) == [Run(0, 1, 0, 2, position=2)]
+    assert len(merge_runs([Run(0, 1, (0,), position=2), Run(1, 1, (1,), position=3)])) == 2
+    assert merge_runs([Run(0, 1, (0,), position=2), Run(1, 1, (1,), position=2)]) == [Run(0, 1, (0, 1), position=2)]
 
 
 def test_the_first_positions_are_replaced_and_no_others() -> None:
     first = torch.arange(12.0).view(2, 3, 2)  # three positions of two adapters
     values = torch.full((9, 2), -1.0)
-    replace_first(values, first, [Run(0, 2, 0, position=0), Run(2, 4, 1, position=1), Run(6, 2, 0, position=3)])
+    replace_first(values, first, [Run(0, 2, (0,), 0), Run(2, 4, (1,), 1), Run(6, 2, (0,), 3)])
     kept = [-1.0, -1.0]
     assert values.tolist() == [*first[0, :2].tolist(), *first[1, 1:].tolist(), kept, kept, kept, kept, kept]
 
@@ -230,7 +259,7 @@ def test_an_embedded_token_meets_its_own_adapter() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 11, 3, generator=generator), torch.randn(4, 3, 5, generator=generator)
     ids, y = torch.tensor([0, 10, 3, 3, 7, 1, 2]), torch.randn(7, 5, generator=generator)
-    runs = [Run(0, 2, 1, 2), Run(5, 1, 0)]
+    runs = [Run(0, 2, (1, 2)), Run(5, 1, (0,))]
     wanted = y.clone()
     add_embedded_reference(wanted, ids, a, b, runs)
     found = y.clone()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hatrack_server.adapters.pieces import Piece
 
 PEFT_TYPE = "LN_TUNING"
-SAVED_IN = "ln_tuning_layers."
+SAVED_IN = "ln_tuning_layers"
 
 
 def describe(
@@ -50,6 +50,6 @@ def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLay
 
 
 def _modules(config: Mapping[str, Any], base: BaseShapes) -> list[WholeModule]:
-    norms = base.replaceable.keys() - {base.embedding, base.head}
-    modules = matched_modules(config, sorted(norms), Budget())
-    return [WholeModule(module, base.replaceable[module], SAVED_IN) for module in modules]
+    norms = sorted(base.replaceable.keys() - base.ends)
+    modules = matched_modules(config, norms, Budget())
+    return [WholeModule(module, base.replaceable[module], f"{module}.{SAVED_IN}") for module in modules]

@@ -1,7 +1,7 @@
 """Trainable tokens, as PEFT 0.21 saves them: the embeddings of some tokens, and nothing else.
 
 `trainable_tokens_delta` (n, width) holds the embeddings themselves, in the order of `token_indices`. Where the output
-head shares the embedding's weight, its rows for these tokens change with them.
+head shares the embedding's weight, its rows for these tokens change with them, and are saved under its name, too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hatrack_server.adapters.patterns import Budget
-from hatrack_server.adapters.peft_linear import TARGET_KEYS, check_tensors, refuse_unknown
+from hatrack_server.adapters.peft_linear import PREFIX, TARGET_KEYS, check_tensors, refuse_unknown
 from hatrack_server.adapters.peft_targets import config_field, matched_modules
 from hatrack_server.adapters.replacements import TokenEmbeddings, token_embeddings
 from hatrack_server.adapters.safetensors_header import TensorHeader
@@ -53,8 +53,10 @@ def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLay
 
 
 def _replaced(config: Mapping[str, Any], base: BaseShapes) -> TokenEmbeddings:
-    modules = matched_modules(config, base.replaceable, Budget())
-    if modules != [base.embedding]:
+    modules = set(matched_modules(config, base.replaceable, Budget()))
+    if modules != {base.embedding} and not (base.tied and modules == base.ends):
         message = f"must select {base.embedding}, the embedding, and nothing else that can be replaced"
         raise InvalidArtifact(config_field("target_modules"), message)
-    return token_embeddings(base.embedding, config.get("token_indices"), base, DELTA, "token_indices")
+    ends = base.ends if base.tied else {base.embedding}
+    keys = {module: f"{PREFIX}{module}.{DELTA}" for module in ends}
+    return token_embeddings(keys, config.get("token_indices"), base, "token_indices")
