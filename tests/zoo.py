@@ -87,7 +87,7 @@ NOISE = {
     "vb-lora": 0.25,
     "uni-lora": 0.5,
     "tinylora": 0.5,
-    "lora and a new head": 0.04,
+    "lora and a new head": 0.03,
     "lora and new tokens": 0.05,
     "new tokens": 0.05,
     "norms": 0.5,

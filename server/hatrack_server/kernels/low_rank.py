@@ -6,7 +6,6 @@ from torch import Tensor
 
 from hatrack_server.kernels.runs import Run, each_token
 
-
 FEW = 8  # tokens: up to here, what a CPU's product in 16 bits takes to begin costs more than turning all into 32
 
 

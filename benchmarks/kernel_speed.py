@@ -1,7 +1,7 @@
 """Every kernel beside its plain reference, and beside what the machine can read and compute.
 
-    python benchmarks/kernels.py            # shapes of TinyLlama-1.1B, bfloat16
-    python benchmarks/kernels.py --quick    # fewer repetitions
+    python benchmarks/kernel_speed.py            # shapes of TinyLlama-1.1B, bfloat16
+    python benchmarks/kernel_speed.py --quick    # fewer repetitions
 
 Each works through copies of its operands that no cache holds together, as a model works through its layers. `share` is
 the greater of bytes over read bandwidth and operations over the rate of a dense product, both measured in the same run,
