@@ -169,13 +169,16 @@ class Pools:
         return place
 
     def _grow(self, full: list[Pool]) -> None:
-        """Makes a free row in each: half as many again where the budget allows, else one.
+        """Makes a free row in each: half as many again where growing copies and the budget allows it, else one.
 
         Growing by halves keeps the copying linear in the number of programs.
         """
-        generous = self.bytes + sum(pool.row_bytes * (1 + pool.capacity // 2) for pool in full) <= self.budget
-        for pool in full:
-            pool.grow(1 + pool.capacity // 2 if generous else 1)
+        wanted = [1 + pool.capacity // 2 if pool.kind.stacked else 1 for pool in full]
+        generous = (
+            self.bytes + sum(pool.row_bytes * rows for pool, rows in zip(full, wanted, strict=True)) <= self.budget
+        )
+        for pool, rows in zip(full, wanted, strict=True):
+            pool.grow(rows if generous else 1)
         self._count_bytes()
 
     def _count_bytes(self) -> None:

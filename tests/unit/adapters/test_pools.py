@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hatrack_server.adapters.pieces import LowRank, OutputScale, Piece, Pieces
+from hatrack_server.adapters.pieces import LowRank, OutputScale, Piece, Pieces, ReplacedHead, ReplacedTokens
 from hatrack_server.adapters.pools import Pool, Pools
 from hatrack_server.types import LinearShape
 
@@ -152,3 +152,32 @@ def test_scales_are_kept_in_float32_whatever_the_base_computes_in() -> None:
     low_rank, scale = all_pools.place(at("up", piece(4, 1.0), OutputScale(torch.full((5,), 1.001))))
     assert low_rank.pool.stacks[0].dtype is torch.bfloat16
     assert scale.pool.stacks[0][scale.row].tolist() == [pytest.approx(1.001)] * 5
+
+
+def test_rows_that_are_not_stacked_are_never_copied_to_make_room() -> None:
+    """A whole embedding or head is so large that a copy of all of them would not fit."""
+    kept = pools(10**6)
+    places = [kept.place(at("head", ReplacedHead(torch.full((5, 3), float(n))))) for n in range(3)]
+    pool = places[0][0].pool
+    assert pool.capacity == 3  # none to spare
+    held = [row.data_ptr() for row in pool.stacks[0]]
+    kept.place(at("head", ReplacedHead(torch.full((5, 3), 3.0))))
+    assert [row.data_ptr() for row in pool.stacks[0][:3]] == held
+    assert [row.unique().tolist() for row in pool.stacks[0]] == [[0.0], [1.0], [2.0], [3.0]]
+    kept.free(places[0])
+    [moved] = kept.copy_lower(places[2])
+    assert (moved.row, pool.stacks[0][0].unique().tolist()) == (0, [2.0])
+    assert pool.stacks[0][2].unique().tolist() == [2.0]  # steps that read it there go on
+    kept.free(places[2])
+    assert not kept.trim()  # the last one is taken
+    pool.free(3)
+    assert kept.trim()
+    assert (pool.capacity, kept.bytes) == (2, 2 * 5 * 3 * 4)
+
+
+def test_token_ids_keep_their_type() -> None:
+    [place] = pools(10**6).place(at("e", ReplacedTokens(torch.tensor([3, 2**24 + 1]), torch.ones(2, 4))))
+    tokens, rows = place.pool.stacks
+    assert (tokens.dtype, tokens[0].tolist()) == (torch.int64, [3, 2**24 + 1])
+    assert place.pool.row_bytes == 2 * 8 + 2 * 4 * 4
+    assert rows.dtype is torch.float32
