@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 DELTA = "token_adapter.trainable_tokens_delta"
+FLOAT16_STEP = 2**-24  # between its smallest numbers
 COPIED = ("", "base_layer.", "token_adapter.base_layer.")  # what PEFT puts before the parameter's name
 
 
@@ -151,8 +152,8 @@ class Copy:
 
         own, copied = base.end(self.module, self.parameter), tensors[self.key]
         # Either may have been rounded to another precision than the other.
-        rounding = max(torch.finfo(own.dtype).eps, torch.finfo(copied.dtype).eps)
-        if not torch.allclose(copied.float(), own.float(), rtol=rounding, atol=torch.finfo(torch.float16).tiny):
+        rounding = 0.0 if own.dtype is copied.dtype else max(torch.finfo(t.dtype).eps for t in (own, copied))
+        if not torch.allclose(copied.float(), own.float(), rtol=rounding, atol=FLOAT16_STEP if rounding else 0):
             message = "is no copy of this base's own; what was trained must be named in modules_to_save"
             raise InvalidArtifact(f"{WEIGHTS_FILE}: {self.key}", message)
         yield from ()
@@ -182,13 +183,9 @@ def _whole_modules(config: Mapping[str, Any], keys: Collection[str], base: BaseS
             message = f"{name!r} also means {min(others)}, which can't be replaced: give full names"
             raise InvalidArtifact(field, message)
         modules += found
-    saved_as = {module: module for module in modules}
     if base.tied and flag(config, "ensure_weight_tying") and not base.ends.isdisjoint(modules):
-        # Both were trained as one weight. It is saved under both names, unless its file was made without the second.
-        saved_as |= {module: module for module in base.ends}
-        if base.head and f"{PREFIX}{base.head}.weight" not in keys:
-            saved_as[base.head] = base.embedding
-    return [WholeModule(module, base.replaceable[module], saved) for module, saved in saved_as.items()]
+        modules += sorted(base.ends)  # both were trained as one weight, which is saved under both names
+    return [WholeModule(module, base.replaceable[module], module) for module in dict.fromkeys(modules)]
 
 
 def _token_targets(config: Mapping[str, Any], base: BaseShapes) -> dict[str, Any]:

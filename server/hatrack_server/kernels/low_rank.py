@@ -6,7 +6,10 @@ from torch import Tensor
 
 from hatrack_server.kernels.runs import Run, each_token
 
-FEW = 8  # tokens: up to here, what a CPU's product in 16 bits takes to begin costs more than turning all into 32
+COPIED_RANK = 16  # up to here, rows that don't lie side by side are copied into one product
+# Up to here, what a CPU's product in 16 bits takes to begin costs more than turning all into 32.
+FEW_TOKENS = 8  # of each adapter
+FEW_ROWS = 128  # of all adapters' A
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
@@ -15,14 +18,16 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) ->
     y[T, out], x[T, in], a[rows, r, in], b[rows, r, out] with the scale folded in. Rows never mix: each token meets its
     own adapter's values only, so a NaN stays with its owner.
     """
+    rank = a.shape[1]
     for run in runs:
-        tokens, out, own_a, own_b = run.tokens(x), run.tokens(y), a[run.index], b[run.index]
-        if a.itemsize < 4 and run.stop - run.start <= FEW:
-            out.add_(tokens.float().bmm(own_a.float().mT).bmm(own_b.float()))
-        elif out.dtype is b.dtype:
-            out.baddbmm_(tokens.to(a.dtype).bmm(own_a.mT), own_b)
-        else:
-            out.add_(tokens.to(a.dtype).bmm(own_a.mT).bmm(own_b))
+        for part in run.stretches() if rank > COPIED_RANK else (run,):
+            tokens, out, own_a, own_b = part.tokens(x), part.tokens(y), a[part.index], b[part.index]
+            if a.itemsize < 4 and part.length <= FEW_TOKENS and len(part.rows) * rank <= FEW_ROWS and not a.is_cuda:
+                out.add_(tokens.float().bmm(own_a.float().mT).bmm(own_b.float()))
+            elif out.dtype is b.dtype:
+                out.baddbmm_(tokens.to(a.dtype).bmm(own_a.mT), own_b)
+            else:
+                out.add_(tokens.to(a.dtype).bmm(own_a.mT).bmm(own_b))
 
 
 def add_low_rank_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +38,16 @@ class Run:
     def tokens(self, values: Tensor) -> Tensor:
         """Its part of values[T, n]: a view [rows, length, n]."""
         return values[self.start : self.stop].view(len(self.rows), self.length, -1)
+
+    def stretches(self) -> list[Run]:
+        """The same, cut wherever rows don't lie side by side: many large ones are better read in place than copied."""
+        if isinstance(self.index, slice):
+            return [self]
+        cuts = [0, *(n for n in range(1, len(self.rows)) if self.rows[n] != self.rows[n - 1] + 1), len(self.rows)]
+        return [
+            Run(self.start + first * self.length, self.length, self.rows[first:last], self.position)
+            for first, last in pairwise(cuts)
+        ]
 
     def parts(self) -> Iterator[tuple[slice, int]]:
         """(tokens, their row), one row after the other."""

@@ -152,8 +152,8 @@ class PagedModel:
 
     def check_device(self) -> None:
         """Raises RuntimeError when the base computes nothing any more, or nothing finite."""
-        if not self._eagerly(torch.tensor([0]), None).isfinite().all():
-            raise RuntimeError("the base gives what is not finite")
+        if not self._eagerly(torch.tensor([0]), None).isfinite().any():
+            raise RuntimeError("the base gives nothing that is finite")
 
     def clear_kv(self) -> None:
         """Zeroes the whole pool."""
@@ -163,7 +163,10 @@ class PagedModel:
     def _cache_of_a_pass(self) -> DynamicCache:
         """What the model puts into transformers' own cache: keys and values as it really makes them."""
         cache = DynamicCache()
-        self._eagerly(torch.tensor([0, 1]), cache)
+        try:
+            self._eagerly(torch.tensor([0, 1]), cache)
+        except TypeError:  # its layers hold on to the attention that they were made with
+            raise StartupError(f"{self.config.model_type} can't be served: its attention can't be exchanged") from None
         if len(cache.layers) != self.config.num_hidden_layers:
             raise StartupError(f"{self.config.model_type} can't be served: its layers share keys and values")
         return cache

@@ -50,7 +50,8 @@ def base_shapes(
         width=width,
         attention=tuple(AttentionShape(name, *kv) for name, kv in zip(attention, kv_shapes(cache), strict=False)),
         embedding_rows=embedding.weight.shape[0],
-        embedding_scale=float(getattr(embedding, "scalar_embed_scale", 1.0)),
+        # The modelling code rounds it to the embedding's precision.
+        embedding_scale=torch.tensor(getattr(embedding, "scalar_embed_scale", 1.0)).to(embedding.weight.dtype).item(),
         replaceable={
             name: {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
             for name, module in replaceable.items()

@@ -149,9 +149,9 @@ def test_one_weight_trained_as_such_is_replaced_at_both_ends() -> None:
         ends = {f"{EMBEDDING}.weight": (VOCABULARY, WIDTH), f"{HEAD}.weight": (VOCABULARY, WIDTH)}
         found = pieces(TIED, ends, modules_to_save=wanted, ensure_weight_tying=True)
         assert found.keys() == {(PROJECTION, LowRank), (EMBEDDING, ReplacedEmbedding), (HEAD, ReplacedHead)}
-    shared = {f"{EMBEDDING}.weight": (VOCABULARY, WIDTH)}  # a file that holds the weight only once
-    once = pieces(TIED, shared, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    assert once.keys() == found.keys()
+    shared = {f"{EMBEDDING}.weight": (VOCABULARY, WIDTH)}
+    settings = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    assert refusal(TIED, shared, **settings).field == f"adapter_model.safetensors: {PREFIX}{HEAD}.weight"
     alone = pieces(UNTIED, shared, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     assert alone.keys() == {(PROJECTION, LowRank), (EMBEDDING, ReplacedEmbedding)}
 
@@ -213,7 +213,7 @@ def test_a_copy_may_be_rounded_to_another_precision() -> None:
         base = Layers(UNTIED, values.to(own))
         assert len(methods.compile(config(), lora | {key: values.to(copied)}, base)) == 1
         other = values.to(copied).clone()
-        other[2, 1] *= 1.1
+        other[2, 1] += 1e-3 if torch.float32 in (own, copied) and own is copied else 0.1
         with pytest.raises(InvalidArtifact, match="no copy"):
             methods.compile(config(), lora | {key: other}, base)
 

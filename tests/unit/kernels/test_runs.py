@@ -15,7 +15,13 @@ from torch import Tensor
 
 from hatrack_server.kernels.bottleneck import add_bottleneck, add_bottleneck_reference
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
-from hatrack_server.kernels.low_rank import add_embedded, add_embedded_reference, add_low_rank, add_low_rank_reference
+from hatrack_server.kernels.low_rank import (
+    COPIED_RANK,
+    add_embedded,
+    add_embedded_reference,
+    add_low_rank,
+    add_low_rank_reference,
+)
 from hatrack_server.kernels.replacement import (
     replace_embedding,
     replace_linear,
@@ -82,6 +88,11 @@ def tokens_reference(y: Tensor, x: Tensor, stacks: Stacks, runs: list[Run]) -> N
 KERNELS: dict[str, tuple[list[tuple[int, ...]], Kernel, Kernel]] = {
     "low rank": (
         [(3, IN), (3, OUT)],
+        lambda y, x, stacks, runs: add_low_rank(y, x, *stacks, runs=runs),
+        lambda y, x, stacks, runs: add_low_rank_reference(y, x, *stacks, runs=runs),
+    ),
+    "low rank, a high one": (
+        [(COPIED_RANK + 1, IN), (COPIED_RANK + 1, OUT)],
         lambda y, x, stacks, runs: add_low_rank(y, x, *stacks, runs=runs),
         lambda y, x, stacks, runs: add_low_rank_reference(y, x, *stacks, runs=runs),
     ),
@@ -240,6 +251,15 @@ def test_neighbours_of_one_length_become_one() -> None:
     assert isinstance(apart.index, Tensor)
     for other in (Run(4, 1, (4,)), Run(3, 2, (4,))):
         assert merge_runs([Run(2, 1, (3,)), other]) == [Run(2, 1, (3,)), other]
+
+
+def test_stretches_are_what_lies_side_by_side() -> None:
+    run = Run(3, 2, (4, 5, 9, 1, 2), position=1)
+    stretches = run.stretches()
+    assert [stretch.rows for stretch in stretches] == [(4, 5), (9,), (1, 2)]
+    assert all(isinstance(stretch.index, slice) and stretch.position == 1 for stretch in stretches)
+    assert rows_by_token(stretches) == rows_by_token([run])
+    assert Run(0, 1, (3, 4)).stretches() == [Run(0, 1, (3, 4))]
 
 
 def test_runs_at_other_positions_of_their_sequences_stay_apart() -> None:

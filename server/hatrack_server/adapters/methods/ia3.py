@@ -6,6 +6,7 @@ is among the feed-forward ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def describe(
     for module in matched_modules(config, base.linears, budget):
         linear = base.linears[module]
         shape = (1, linear.in_features) if is_feedforward(module) else (linear.out_features, 1)
-        adapted.append(Adapted(module, {VECTOR: shape}, 0, 2 * sum(shape)))  # in float32, twice what others take
+        adapted.append(Adapted(module, {VECTOR: shape}, 0, 2 * math.prod(shape)))  # in float32, twice what others take
     return spec_of(PEFT_TYPE, adapted, headers, base, max_rank=max_rank)
 
 
