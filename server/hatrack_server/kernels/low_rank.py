@@ -20,7 +20,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) ->
     """
     rank = a.shape[1]
     for run in runs:
-        for part in run.stretches() if rank > COPIED_RANK else (run,):
+        for part in run.stretches if rank > COPIED_RANK else (run,):
             tokens, out, own_a, own_b = part.tokens(x), part.tokens(y), a[part.index], b[part.index]
             if a.itemsize < 4 and part.length <= FEW_TOKENS and len(part.rows) * rank <= FEW_ROWS and not a.is_cuda:
                 out.add_(tokens.float().bmm(own_a.float().mT).bmm(own_b.float()))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
     """Adjacent tokens of adapters with the same number of tokens each.
 
@@ -22,13 +23,14 @@ class Run:
     length: int
     rows: tuple[int, ...]
     position: int = 0
-    # Of the rows in a stack: a slice where they lie side by side, which spares a copy of them.
-    index: slice | Tensor = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    # What follows is made once: a run serves every layer, and the steps whose batch stays as it is.
+    @cached_property
+    def index(self) -> slice | Tensor:
+        """Of the rows in a stack: a slice where they lie side by side, which spares a copy of them."""
         first, count = self.rows[0], len(self.rows)
         adjacent = self.rows == tuple(range(first, first + count))
-        object.__setattr__(self, "index", slice(first, first + count) if adjacent else torch.tensor(self.rows))
+        return slice(first, first + count) if adjacent else torch.tensor(self.rows)
 
     @property
     def stop(self) -> int:
@@ -39,6 +41,7 @@ class Run:
         """Its part of values[T, n]: a view [rows, length, n]."""
         return values[self.start : self.stop].view(len(self.rows), self.length, -1)
 
+    @cached_property
     def stretches(self) -> list[Run]:
         """The same, cut wherever rows don't lie side by side: many large ones are better read in place than copied."""
         if isinstance(self.index, slice):

@@ -255,11 +255,11 @@ def test_neighbours_of_one_length_become_one() -> None:
 
 def test_stretches_are_what_lies_side_by_side() -> None:
     run = Run(3, 2, (4, 5, 9, 1, 2), position=1)
-    stretches = run.stretches()
+    stretches = run.stretches
     assert [stretch.rows for stretch in stretches] == [(4, 5), (9,), (1, 2)]
     assert all(isinstance(stretch.index, slice) and stretch.position == 1 for stretch in stretches)
     assert rows_by_token(stretches) == rows_by_token([run])
-    assert Run(0, 1, (3, 4)).stretches() == [Run(0, 1, (3, 4))]
+    assert Run(0, 1, (3, 4)).stretches == [Run(0, 1, (3, 4))]
 
 
 def test_runs_at_other_positions_of_their_sequences_stay_apart() -> None:
