@@ -29,7 +29,7 @@ from torch import Tensor
 from hatrack_server.kernels.bottleneck import add_bottleneck, add_bottleneck_reference
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
 from hatrack_server.kernels.low_rank import add_low_rank, add_low_rank_reference
-from hatrack_server.kernels.nf4_linear import choose_layout, nf4_linear, nf4_linear_reference
+from hatrack_server.kernels.nf4_linear import Workspace, keep_canonical, nf4_linear, nf4_linear_reference, pack
 from hatrack_server.kernels.paged_attention import paged_decode
 from hatrack_server.kernels.prefix_attention import add_prefix_attention, add_prefix_attention_reference
 from hatrack_server.kernels.runs import Run
@@ -137,8 +137,9 @@ def cases() -> Iterator[Case]:
 def nf4_case(rows: int) -> Case:
     """The widest layer."""
     size = FEED_FORWARD * WIDTH / 2
-    layers = [nf4_layer() for _ in range(math.ceil(COLD_BYTES / size))]
-    canonical, x = nf4_layer(packed=False), torch.randn(rows, WIDTH).to(DTYPE)
+    workspace = Workspace()
+    layers = [pack(nf4_layer(), workspace) for _ in range(math.ceil(COLD_BYTES / size))]
+    canonical, x = nf4_layer(), torch.randn(rows, WIDTH).to(DTYPE)
     return Case(
         f"nf4_linear {WIDTH}→{FEED_FORWARD}, {rows} tokens",
         [partial(nf4_linear, x, layer) for layer in layers],
@@ -148,11 +149,11 @@ def nf4_case(rows: int) -> Case:
     )
 
 
-def nf4_layer(*, packed: bool = True) -> Linear4bit:
-    """As a loaded base holds it."""
+def nf4_layer() -> Linear4bit:
+    """Quantised as a loaded base is, in the canonical layout."""
     layer = Linear4bit(WIDTH, FEED_FORWARD, bias=False, compute_dtype=DTYPE, quant_type="nf4")
     layer = layer.to("cpu").eval()
-    choose_layout(layer, packed=packed)
+    keep_canonical(layer)
     return layer
 
 

@@ -48,7 +48,10 @@ def mix(config: LlamaConfig) -> dict[str, PeftConfig]:
         "m8": PrefixTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=VIRTUAL_TOKENS),
         "m9": PromptTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=VIRTUAL_TOKENS),
         "m10": AdaptionPromptConfig(
-            task_type=CAUSAL_LM, adapter_len=10, adapter_layers=config.num_hidden_layers - 2, target_modules="self_attn"
+            task_type=CAUSAL_LM,
+            adapter_len=10,
+            adapter_layers=max(1, config.num_hidden_layers - 2),
+            target_modules="self_attn",
         ),
         "m11": BottleneckConfig(task_type=CAUSAL_LM, r=64, placement="houlsby"),
     }

@@ -54,7 +54,7 @@ class InProcess:
     def load(self, adapters: Iterable[Path]) -> None:
         """Makes programs resident, so that what follows doesn't depend on how fast they are loaded."""
         for adapter in adapters:
-            self.engine.slots.request(artifact_at(adapter))
+            self.engine.slots.preload(artifact_at(adapter))
             assert self.loads.get(timeout=PATIENCE_SECONDS).error is None
 
     def step(self) -> list[Delta]:

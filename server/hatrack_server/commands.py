@@ -40,6 +40,9 @@ def serve(
     ] = None,
     kv_cache_gb: Annotated[float | None, typer.Option(help="Memory of the KV cache.", show_default="1")] = None,
     adapter_gb: Annotated[float | None, typer.Option(help="Memory of resident adapters.", show_default="1")] = None,
+    host_adapter_gb: Annotated[
+        float | None, typer.Option(help="Memory for copies of evicted adapters.", show_default="1")
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Sequences in one step.", show_default="64")] = None,
     max_step_tokens: Annotated[int | None, typer.Option(help="Tokens in one step.", show_default="512")] = None,
     max_rank: Annotated[int | None, typer.Option(help="The highest rank accepted.", show_default="256")] = None,

@@ -32,6 +32,8 @@ class EngineConfig(BaseModel):
     """Tokens per KV block."""
     adapter_gb: float = Field(default=1.0, gt=0)
     """Memory of resident adapters, in 1e9 bytes."""
+    host_adapter_gb: float = Field(default=1.0, ge=0)
+    """Memory for copies of evicted adapters, in 1e9 bytes; none is taken before the first is evicted. 0: none."""
     max_rows: int = Field(default=64, ge=1)
     """Sequences in one step."""
     max_step_tokens: int = Field(default=512, ge=1)

@@ -32,6 +32,7 @@ TOTALS = {
     "completion_tokens": ("hatrack_completion_tokens", "Tokens generated."),
     "preemptions": ("hatrack_preemptions", "Sequences that gave up their KV blocks and were computed again."),
     "evictions": ("hatrack_adapter_evictions", "Adapter programs that made room for others."),
+    "reloads": ("hatrack_adapter_reloads", "Loads of adapter programs that had been evicted."),
 }
 GAUGES = {
     "running": ("hatrack_requests_running", "Sequences in the batch."),
@@ -40,7 +41,15 @@ GAUGES = {
     "kv_blocks_total": ("hatrack_kv_blocks", "KV blocks there are."),
     "resident_programs": ("hatrack_resident_programs", "Adapter programs in the engine's memory."),
     "resident_bytes": ("hatrack_resident_program_bytes", "Memory of resident adapter programs."),
+    "host_bytes": ("hatrack_host_program_bytes", "Memory of evicted adapter programs that are kept on the host."),
+    # More than the budget, for long: programs evict one another, and requests wait for loads.
+    "working_set_bytes": (
+        "hatrack_adapter_working_set_bytes",
+        "Memory that the adapter programs asked for within the last minute take, resident or not.",
+    ),
+    "adapter_budget_bytes": ("hatrack_adapter_budget_bytes", "Memory that resident adapter programs may take."),
 }
+LOADS_BY_TIER = {"disk": "disk_loads", "host": "host_loads"}  # from where
 
 
 class Metrics:
@@ -50,6 +59,8 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self._last = EngineStats()
         self._totals = {key: Counter(*named, registry=registry) for key, named in TOTALS.items()}
+        loads = Counter("hatrack_adapter_loads", "Adapter programs made resident.", ["tier"], registry=registry)
+        self._totals |= {key: loads.labels(tier) for tier, key in LOADS_BY_TIER.items()}
         self._gauges = {key: Gauge(*named, registry=registry) for key, named in GAUGES.items()}
         self._first_token = _histogram(
             registry, "hatrack_time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_SECONDS

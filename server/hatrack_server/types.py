@@ -173,5 +173,11 @@ class EngineStats:
     completion_tokens: int = 0
     preemptions: int = 0
     evictions: int = 0
+    host_bytes: int = 0  # of evicted programs that are kept
+    disk_loads: int = 0  # programs read and compiled
+    host_loads: int = 0  # programs that came back from the host
+    reloads: int = 0  # of both, those of programs that had been evicted
+    working_set_bytes: int = 0  # of the programs asked for within the last minute
+    adapter_budget_bytes: int = 0  # what resident programs may take
     adapter_loads: tuple[float, ...] = ()  # seconds of each load since the last snapshot
     adapters_per_step: tuple[int, ...] = ()  # distinct adapters of each step since the last snapshot

@@ -50,6 +50,21 @@ def test_totals_become_counters_that_survive_a_restart(metrics: Metrics) -> None
     assert value(metrics, "hatrack_worker_restarts_total") == 1
 
 
+def test_loads_are_told_by_where_programs_came_from(metrics: Metrics) -> None:
+    metrics.observe(EngineStats(disk_loads=3, host_loads=1, reloads=1))
+    metrics.observe(EngineStats(disk_loads=3, host_loads=5, reloads=5))
+    assert value(metrics, "hatrack_adapter_loads_total", tier="disk") == 3
+    assert value(metrics, "hatrack_adapter_loads_total", tier="host") == 5
+    assert value(metrics, "hatrack_adapter_reloads_total") == 5
+
+
+def test_what_an_alert_on_thrashing_compares(metrics: Metrics) -> None:
+    metrics.observe(EngineStats(working_set_bytes=70, adapter_budget_bytes=50, host_bytes=20))
+    assert value(metrics, "hatrack_adapter_working_set_bytes") == 70
+    assert value(metrics, "hatrack_adapter_budget_bytes") == 50
+    assert value(metrics, "hatrack_host_program_bytes") == 20
+
+
 def test_gauges_and_histograms_follow_the_snapshot(metrics: Metrics) -> None:
     metrics.observe(EngineStats(running=4, waiting=2, kv_blocks_used=5, kv_blocks_total=9, adapter_loads=(0.2, 0.4)))
     metrics.observe(EngineStats(running=1, kv_blocks_total=9, adapters_per_step=(0, 1, 2)))

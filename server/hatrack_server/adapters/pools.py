@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hatrack_server.adapters.pieces import Piece, Pieces
+from hatrack_server.adapters.stacks import DenseRows, ReservedRows, Rows, SeparateRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +32,25 @@ Places = tuple[Place, ...]
 class Pool:
     """Rows of one module's pieces of one kind and equal shapes.
 
-    One thread changes it. Another may read `stacks` meanwhile: growing and trimming put new ones in place of the old,
-    and the rows in use are alike in both.
+    One thread changes it. Another may read `stacks` meanwhile: growing and trimming leave them as they are or put new
+    ones in their place, and the rows in use are alike in both.
     """
 
-    def __init__(self, number: int, module: str, like: Piece, dtype: torch.dtype, device: torch.device) -> None:
-        """For pieces of the kind and shapes of `like`."""
+    def __init__(
+        self, number: int, module: str, like: Piece, dtype: torch.dtype, device: torch.device, *, lazy: bool
+    ) -> None:
+        """For pieces of the kind and shapes of `like`; `lazy` where memory is only taken once it is written."""
         self.number = number  # in the order in which pools were made
         self.module = module
         self.kind = type(like)
-        self._empty = tuple(
-            torch.empty(0, *shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
-            for shape, tensor in zip(like.shapes, like.tensors, strict=True)
-        )
-        # For each of the piece's tensors: one of [rows, …], or a list of them where the kind is not `stacked`.
-        self.stacks: tuple[Any, ...] = self._empty if self.kind.stacked else tuple([] for _ in self._empty)
-        self.row_bytes = sum(math.prod(stack.shape[1:]) * stack.itemsize for stack in self._empty)
+        self.capacity = 0  # rows that take memory, taken or free
+        dtypes = [dtype if tensor.is_floating_point() else tensor.dtype for tensor in like.tensors]
+        self._rows = tuple(self._new_rows(*of, device, lazy=lazy) for of in zip(like.shapes, dtypes, strict=True))
+        self.copies = any(isinstance(rows, DenseRows) for rows in self._rows)  # when it grows
+        # For each of the piece's tensors: one of [capacity or more, …], or a list where the kind is not `stacked`.
+        self.stacks: tuple[Any, ...] = tuple(rows.rows for rows in self._rows)
+        self.row_bytes = sum(math.prod(shape) * of.itemsize for shape, of in zip(like.shapes, dtypes, strict=True))
         self._free: list[int] = []
-
-    @property
-    def capacity(self) -> int:
-        """Rows, taken or free."""
-        return len(self.stacks[0])
 
     @property
     def taken(self) -> int:
@@ -64,17 +62,14 @@ class Pool:
         """Whether it must grow before another row can be taken."""
         return not self._free
 
-    def grow(self, rows: int) -> None:
-        """Adds free rows; where the kind is stacked, this copies what is there."""
+    def grow(self, rows: int, reserve: int = 0) -> None:
+        """Adds free rows; `reserve` is how many there may come to be."""
         added = range(self.capacity, self.capacity + rows)
-        # All or none: the second may find no memory.
-        self.stacks = tuple(self._grown(*pair, rows) for pair in zip(self.stacks, self._empty, strict=True))
+        for stack in self._rows:
+            stack.grow(self.capacity, added.stop, reserve)
+        # Not before all have grown: the second may find no memory.
+        self._resize(added.stop)
         self._free.extend(added)  # higher than all others, so still a heap
-
-    def _grown(self, stack: Any, like: Tensor, rows: int) -> Any:
-        if self.kind.stacked:
-            return torch.cat([stack, like.new_zeros(rows, *like.shape[1:])])
-        return [*stack, *(like.new_zeros(like.shape[1:]) for _ in range(rows))]
 
     def take(self) -> int:
         """The lowest free row: programs loaded in a row become neighbours, which one product can serve."""
@@ -87,8 +82,14 @@ class Pool:
     def write(self, row: int, tensors: Iterable[Tensor]) -> None:
         """Copies a piece into a taken row, padding it with zeros."""
         for stack, values in zip(self.stacks, tensors, strict=True):
-            stack[row].zero_()
-            stack[row][tuple(map(slice, values.shape))].copy_(values)
+            place = stack[row]
+            if place.shape != values.shape:
+                place = place.zero_()[tuple(map(slice, values.shape))]
+            place.copy_(values, non_blocking=True)
+
+    def read(self, row: int) -> Piece:
+        """The piece in a taken row, padded as it is: no copy."""
+        return self.kind(*(stack[row] for stack in self.stacks))
 
     def copy_lower(self, row: int) -> int:
         """A copy of a taken row in the lowest free one, if that is lower; else the row itself."""
@@ -105,18 +106,31 @@ class Pool:
         rows = max(taken, default=-1) + 1
         if rows == self.capacity:
             return False
-        self.stacks = tuple(stack[:rows].clone() if self.kind.stacked else stack[:rows] for stack in self.stacks)
+        for stack in self._rows:
+            stack.trim(rows)
+        self._resize(rows)
         self._free = [row for row in range(rows) if row not in taken]  # in order, so a heap
         return True
+
+    def _resize(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.stacks = tuple(rows.rows for rows in self._rows)
+
+    def _new_rows(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, lazy: bool) -> Rows:
+        if not self.kind.stacked:
+            return SeparateRows(shape, dtype, device)
+        return ReservedRows(shape, dtype) if lazy else DenseRows(shape, dtype, device)
 
 
 class Pools:
     """All pools of one base, made as they are needed, within a budget of bytes. One thread changes them."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, budget: int) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, budget: int, *, lazy: bool | None = None) -> None:
+        """`lazy` says whether the device takes memory only once it is written; None: as the machine's own does."""
         self.budget = budget
         self._dtype = dtype
         self._device = device
+        self._lazy = device.type == "cpu" if lazy is None else lazy
         self._pools: dict[tuple[object, ...], Pool] = {}
         self.bytes = 0  # what all pools take, free rows included; any thread may ask, as every step does
 
@@ -128,15 +142,21 @@ class Pools:
         """Whether `place` stays within the budget."""
         return self.bytes + sum(pool.row_bytes for pool in self._of_all(pieces) if pool.full) <= self.budget
 
-    def would_fit(self, pieces: Pieces) -> bool:
-        """Whether `place` would stay within the budget if no row were free."""
-        taken = sum(pool.taken * pool.row_bytes for pool in self._pools.values())
-        return taken + self.size(pieces) <= self.budget
+    @property
+    def spare(self) -> int:
+        """What would be left of the budget if no row were free."""
+        return self.budget - sum(pool.taken * pool.row_bytes for pool in self._pools.values())
 
     def place(self, pieces: Pieces) -> Places:
         """Copies the pieces into free rows, growing the pools that have none."""
-        self._grow([pool for pool in self._of_all(pieces) if pool.full])
+        # As many rows as programs like this one fit into the budget: most pools never get more.
+        reserve = self.budget // max(1, self.size(pieces))
+        self._grow([pool for pool in self._of_all(pieces) if pool.full], reserve)
         return tuple(self._place(module, piece) for module, piece in pieces)
+
+    def read(self, places: Places) -> Pieces:
+        """The pieces that lie there, padded as they are: no copies, and only valid while the places are taken."""
+        return tuple((place.pool.module, place.pool.read(place.row)) for place in places)
 
     def copy_lower(self, places: Places) -> Places:
         """The same pieces in lower rows, wherever one is free; the given places stay taken."""
@@ -159,7 +179,8 @@ class Pools:
     def _of(self, module: str, piece: Piece) -> Pool:
         key = (module, type(piece), piece.shapes)
         if key not in self._pools:
-            self._pools[key] = Pool(len(self._pools), module, piece, piece.dtype or self._dtype, self._device)
+            dtype = piece.dtype or self._dtype
+            self._pools[key] = Pool(len(self._pools), module, piece, dtype, self._device, lazy=self._lazy)
         return self._pools[key]
 
     def _place(self, module: str, piece: Piece) -> Place:
@@ -168,17 +189,17 @@ class Pools:
         pool.write(place.row, piece.tensors)
         return place
 
-    def _grow(self, full: list[Pool]) -> None:
+    def _grow(self, full: list[Pool], reserve: int) -> None:
         """Makes a free row in each: half as many again where growing copies and the budget allows it, else one.
 
         Growing by halves keeps the copying linear in the number of programs.
         """
-        wanted = [1 + pool.capacity // 2 if pool.kind.stacked else 1 for pool in full]
+        wanted = [1 + pool.capacity // 2 if pool.copies else 1 for pool in full]
         generous = (
             self.bytes + sum(pool.row_bytes * rows for pool, rows in zip(full, wanted, strict=True)) <= self.budget
         )
         for pool, rows in zip(full, wanted, strict=True):
-            pool.grow(rows if generous else 1)
+            pool.grow(rows if generous else 1, reserve)
         self._count_bytes()
 
     def _count_bytes(self) -> None:

@@ -218,5 +218,5 @@ class Engine:
         del self._sequences[sequence.id]
         self.scheduler.remove(sequence)
         digest = sequence.digest
-        if digest and sequence.admitted is None and not self.scheduler.waiting_for(digest):
+        if digest and not self.scheduler.waiting_for(digest):
             self.slots.abandon(digest)

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 import transformers
 
+from hatrack_server.adapters.host_tier import HostTier
 from hatrack_server.adapters.pools import Pools
 from hatrack_server.adapters.program import compile_artifact
 from hatrack_server.adapters.slots import Load, ProgramSlots
@@ -37,7 +38,7 @@ from hatrack_server.errors import StartupError
 from hatrack_server.logs import configure_logging
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.paged import PagedModel
-from hatrack_server.types import BaseInfo, Delta
+from hatrack_server.types import BaseInfo, Delta, EngineStats
 
 Inbox = queue.SimpleQueue[ToWorker | Load]
 
@@ -65,7 +66,8 @@ def run_worker(config: EngineConfig, connection: Connection) -> None:
 def build_engine(config: EngineConfig, model: PagedModel, base: BaseInfo, loads: Inbox) -> Engine:
     """Puts the engine together; finished loads go to `loads`."""
     pools = Pools(model.dtype, model.device, int(config.adapter_gb * 1e9))
-    slots = ProgramSlots(pools, lambda artifact: compile_artifact(artifact, model.layers), loads.put)
+    host = HostTier(int(config.host_adapter_gb * 1e9), pinned=model.device.type == "cuda")
+    slots = ProgramSlots(pools, host, lambda artifact: compile_artifact(artifact, model.layers), loads.put)
     identity = base.identity
     fingerprint = f"{identity.weights}:{identity.quantization}"
     blocks = KVBlocks(
@@ -92,9 +94,26 @@ def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:
         max_model_len=config.max_model_len or longest,
         kv_tokens=kv_tokens,
         eos_token_ids=model.eos_token_ids,
-        memory={**model.memory(), "adapters, at most": adapter_bytes},
+        memory={
+            **model.memory(),
+            "adapters, at most": adapter_bytes,
+            "evicted adapters, at most": int(config.host_adapter_gb * 1e9),
+        },
         adapter_bytes=adapter_bytes,
         device=str(model.device),
+    )
+
+
+def with_tiers(stats: EngineStats, slots: ProgramSlots) -> EngineStats:
+    """The snapshot with what moved between disk, host and device."""
+    return replace(
+        stats,
+        host_bytes=slots.host_bytes,
+        disk_loads=slots.disk_loads,
+        host_loads=slots.host_loads,
+        reloads=slots.reloads,
+        working_set_bytes=slots.working_set_bytes,
+        adapter_budget_bytes=slots.budget_bytes,
     )
 
 
@@ -110,6 +129,7 @@ class Worker:
         model = PagedModel(config, lambda stage, fraction: outbox.put(Progress(stage, fraction)))
         outbox.put(Progress("reading digests", 0.9))
         base = describe_base(config, model)
+        self._on_cpu = model.device.type == "cpu"
         self._engine = build_engine(config, model, base, inbox)
         outbox.put(Ready(base))
 
@@ -131,7 +151,7 @@ class Worker:
                     case Cancel(generation_id):
                         self._engine.cancel(generation_id)
                     case Preload(artifact):
-                        self._engine.slots.request(artifact)
+                        self._engine.slots.preload(artifact)
                     case Forget(digest):
                         self._engine.slots.forget(digest)
                     case Load(_, seconds, None):
@@ -141,9 +161,11 @@ class Worker:
             before = self._engine.steps
             deltas += self._engine.step()
             stepped = self._engine.steps > before
+            # A GPU's steps leave the cores alone.
+            self._engine.slots.beside_steps = self._on_cpu and bool(self._engine.scheduler.running)
             if heard or stepped or deltas:  # silence tells the front process that nothing gets on
                 stats = replace(self._engine.stats(stepped=stepped), adapter_loads=tuple(loads))
-                self._outbox.put(Stepped(tuple(deltas), stats))
+                self._outbox.put(Stepped(tuple(deltas), with_tiers(stats, self._engine.slots)))
 
     def _mail(self, *, stepped: bool) -> Iterator[ToWorker | Load]:
         """What has come; waits for it unless the last step had work, which then the next one has too."""

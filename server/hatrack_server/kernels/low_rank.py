@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from hatrack_server.kernels.native import native
 from hatrack_server.kernels.runs import Run, each_token
 
 COPIED_RANK = 16  # up to here, rows that don't lie side by side are copied into one product
-# Up to here, what a CPU's product in 16 bits takes to begin costs more than turning all into 32.
-FEW_TOKENS = 8  # of each adapter
-FEW_ROWS = 128  # of all adapters' A
+FEW_TOKENS = 8  # of each adapter: up to here, reading the adapters takes longer than the arithmetic
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
@@ -18,16 +18,28 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) ->
     y[T, out], x[T, in], a[rows, r, in], b[rows, r, out] with the scale folded in. Rows never mix: each token meets its
     own adapter's values only, so a NaN stays with its owner.
     """
-    rank = a.shape[1]
+    if y.is_cuda:
+        from hatrack_server.kernels.triton_low_rank import add_low_rank_cuda  # Triton comes with torch for CUDA only
+
+        add_low_rank_cuda(y, x, a, b, runs)
+        return
+    library = native() if all(tensor.dtype is torch.bfloat16 for tensor in (y, x, a, b)) else None
     for run in runs:
-        for part in run.stretches if rank > COPIED_RANK else (run,):
-            tokens, out, own_a, own_b = part.tokens(x), part.tokens(y), a[part.index], b[part.index]
-            if a.itemsize < 4 and part.length <= FEW_TOKENS and len(part.rows) * rank <= FEW_ROWS and not a.is_cuda:
-                out.add_(tokens.float().bmm(own_a.float().mT).bmm(own_b.float()))
-            elif out.dtype is b.dtype:
-                out.baddbmm_(tokens.to(a.dtype).bmm(own_a.mT), own_b)
-            else:
-                out.add_(tokens.to(a.dtype).bmm(own_a.mT).bmm(own_b))
+        if library is not None and run.length <= FEW_TOKENS:
+            part = slice(run.start, run.stop)
+            library.add_low_rank(y[part], x[part], a, b, run.token_rows)
+        else:
+            _add_products(y, x, a, b, run)
+
+
+def _add_products(y: Tensor, x: Tensor, a: Tensor, b: Tensor, run: Run) -> None:
+    """One batched product for the run, or for each stretch of it."""
+    for part in run.stretches if a.shape[1] > COPIED_RANK else (run,):
+        tokens, out, own_a, own_b = part.tokens(x), part.tokens(y), a[part.index], b[part.index]
+        if out.dtype is b.dtype:
+            out.baddbmm_(tokens.to(a.dtype).bmm(own_a.mT), own_b)
+        else:
+            out.add_(tokens.to(a.dtype).bmm(own_a.mT).bmm(own_b))
 
 
 def add_low_rank_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:

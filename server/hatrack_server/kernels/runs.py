@@ -10,6 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# Tokens of one row that a GPU kernel takes with tiles of 1, or of 16; higher tiles read a longer row less often.
+SHORT, MEDIUM = 4, 64
+
 
 @dataclass(frozen=True)
 class Run:
@@ -31,6 +34,11 @@ class Run:
         first, count = self.rows[0], len(self.rows)
         adjacent = self.rows == tuple(range(first, first + count))
         return slice(first, first + count) if adjacent else torch.tensor(self.rows)
+
+    @cached_property
+    def token_rows(self) -> Tensor:
+        """The row of each token, on the CPU: int32 [tokens]."""
+        return torch.tensor(self.rows, dtype=torch.int32).repeat_interleave(self.length)
 
     @property
     def stop(self) -> int:
@@ -59,9 +67,49 @@ class Run:
             yield slice(start, start + self.length), row
 
 
-def merge_runs(runs: Iterable[Run]) -> list[Run]:
+@dataclass(frozen=True)
+class Tiles:
+    """Runs cut up into as many tokens of one row as one program of a GPU takes: one launch serves them all."""
+
+    height: int  # tokens that a tile has room for
+    table: Tensor  # int32 [tiles, 3]: the first token, how many there are, their row
+
+    @classmethod
+    def of(cls, runs: Iterable[Run], device: torch.device) -> Tiles:
+        """Single tokens where all rows have a few only, else tiles that suit the longest row; without a sync."""
+        parts = [part for run in runs for part in run.parts()]
+        longest = max((tokens.stop - tokens.start for tokens, _ in parts), default=0)
+        height = 1 if longest <= SHORT else 16 if longest <= MEDIUM else 64
+        cut = [
+            (first, min(height, tokens.stop - first), row)
+            for tokens, row in parts
+            for first in range(tokens.start, tokens.stop, height)
+        ]
+        return cls(height, torch.tensor(cut, dtype=torch.int32).view(-1, 3).to(device, non_blocking=True))
+
+
+class Runs(list[Run]):
+    """Runs with what is made of them once, for all the layers and steps that they serve; not to be changed."""
+
+    def __init__(self, runs: Iterable[Run] = ()) -> None:
+        super().__init__(runs)
+        self._tiles: dict[torch.device, Tiles] = {}
+
+    @classmethod
+    def of(cls, runs: list[Run]) -> Runs:
+        """The same list where it is one of these."""
+        return runs if isinstance(runs, cls) else cls(runs)
+
+    def tiles(self, device: torch.device) -> Tiles:
+        """Their tiles, on a device."""
+        if device not in self._tiles:
+            self._tiles[device] = Tiles.of(self, device)
+        return self._tiles[device]
+
+
+def merge_runs(runs: Iterable[Run]) -> Runs:
     """Joins neighbours of one length, so that one batched product serves them."""
-    merged: list[Run] = []
+    merged = Runs()
     for run in runs:
         last = merged[-1] if merged else None
         if last and (last.stop, last.length, last.position) == (run.start, run.length, run.position):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hatrack_server.kernels.nf4_linear import dequantized, nf4_linear
+from hatrack_server.kernels.nf4_linear import BaseLinear, dequantized, nf4_linear
 from hatrack_server.types import BaseShapes
 
 
@@ -17,7 +17,7 @@ class FrozenLayers:
     def __init__(
         self,
         shapes: BaseShapes,
-        linears: Mapping[str, nn.Linear],
+        linears: Mapping[str, BaseLinear],
         row_norms: Mapping[str, Tensor],
         ends: Mapping[str, nn.Module],
         norm_offsets: Mapping[str, float],
@@ -57,7 +57,7 @@ class FrozenLayers:
 
 
 def squared_norms(linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """Of every row of every weight: float32 [out]. To be read before a forward pass packs the weights."""
+    """Of every row of every weight: float32 [out]. To be read before the weights are packed."""
     return {
         name: torch.linalg.vector_norm(dequantized(layer), dim=1, dtype=torch.float32).square()
         for name, layer in linears.items()

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from hatrack_server.config import EngineConfig
 from hatrack_server.errors import StartupError
+from hatrack_server.kernels.nf4_linear import nf4_tensors
 from hatrack_server.model.attention import NAME, PAGED, PagedKV, StepCache
 from hatrack_server.model.batch import Batch
 from hatrack_server.model.layers import FrozenLayers, squared_norms
 from hatrack_server.model.load import load_base, read_config
 from hatrack_server.model.probe import probe, refuse_unservable
 from hatrack_server.model.shapes import attention_modules, base_shapes, kv_shapes
-from hatrack_server.model.wrap import Effect, Effects, wrap_embedding, wrap_linears, wrap_norms
+from hatrack_server.model.wrap import Effect, Effects, pack_linears, wrap_embedding, wrap_linears, wrap_norms
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -50,8 +50,9 @@ class PagedModel:
         for name, module in attention.items():
             module.__dict__[NAME] = name  # by which `paged_attention` finds the effect of a step
         self._attention_layers = {name: layer for layer, name in enumerate(attention)}
-        linears = wrap_linears(self._model, self._effects, packed=config.packed)
+        linears = wrap_linears(self._model, self._effects)
         row_norms = squared_norms(linears)
+        layouts = pack_linears(self._model) if config.packed else linears
         cache = self._cache_of_a_pass()
         shapes = base_shapes(self._model, linears, attention, cache)
         embedding = wrap_embedding(self._model, shapes.embedding, self._effects)
@@ -59,7 +60,7 @@ class PagedModel:
         ends: dict[str, nn.Module] = {shapes.embedding: embedding}
         if shapes.head:
             ends[shapes.head] = linears[shapes.head]
-        self.layers = FrozenLayers(shapes, linears, row_norms, ends, offsets)
+        self.layers = FrozenLayers(shapes, layouts, row_norms, ends, offsets)
         self.head = shapes.head
         progress("allocating the KV cache", 0.6)
         kv = kv_shapes(cache)
@@ -105,10 +106,10 @@ class PagedModel:
     def memory(self) -> dict[str, int]:
         """Bytes by what they are for."""
         tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}.values()
-        packed = [t for t in tensors if isinstance(t, Params4bit)]
+        quantized = {id(tensor): tensor for layer in self._model.modules() for tensor in nf4_tensors(layer)}
         return {
-            "NF4 weights": sum(t.nbytes + scale_bytes(t) for t in packed),
-            "other weights": sum(t.nbytes for t in tensors if not isinstance(t, Params4bit)),
+            "NF4 weights": sum(tensor.nbytes for tensor in quantized.values()),
+            "other weights": sum(tensor.nbytes for tensor in tensors if id(tensor) not in quantized),
             "KV cache": self.kv_slots * self._bytes_per_token,
         }
 
@@ -181,13 +182,6 @@ class PagedModel:
         finally:
             self._model.set_attn_implementation(PAGED)
         return out.logits[0].float()
-
-
-def scale_bytes(weight: Params4bit) -> int:
-    """What the block scales of an NF4 weight take, in whichever layout it is."""
-    state = weight.quant_state
-    nested = state.state2.absmax.nbytes if state.nested else 0
-    return int(state.absmax.nbytes + nested)
 
 
 def _device(name: str) -> str:

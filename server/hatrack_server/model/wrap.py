@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hatrack_server.kernels.nf4_linear import choose_layout, nf4_linear
+from hatrack_server.kernels.nf4_linear import BaseLinear, Workspace, keep_canonical, nf4_linear, pack
 
 
 class Effect(Protocol):
@@ -94,7 +94,7 @@ def _without_parameters(norm: nn.Module) -> tuple[float, nn.Module]:
 class AdaptedLinear(Adapted):
     """A linear layer of the base with the current step's effect on its input and output."""
 
-    base: nn.Linear
+    base: BaseLinear
 
     def forward(self, x: Tensor) -> Tensor:
         """x[1, T, in] to [1, T, out]."""
@@ -107,13 +107,22 @@ class AdaptedLinear(Adapted):
         return y.view(*x.shape[:-1], -1)
 
 
-def wrap_linears(model: PreTrainedModel, effects: Effects, *, packed: bool) -> dict[str, nn.Linear]:
+def wrap_linears(model: PreTrainedModel, effects: Effects) -> dict[str, nn.Linear]:
     """Replaces every linear layer in place; returns them as they were, by name: adapters may target each."""
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in linears.items():
-        choose_layout(layer, packed=packed)
+        keep_canonical(layer)
         _put(model, AdaptedLinear(layer, name, effects))
     return linears
+
+
+def pack_linears(model: PreTrainedModel) -> dict[str, BaseLinear]:
+    """Gives every wrapped linear layer the fastest layout that there is for it; returns them by name."""
+    workspace = Workspace()
+    wrapped = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    for module in wrapped:
+        module.base = pack(module.base, workspace)
+    return {module.name: module.base for module in wrapped}
 
 
 def wrap_embedding(model: PreTrainedModel, name: str, effects: Effects) -> nn.Module:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from hatrack_server.adapters.host_tier import HostTier
 from hatrack_server.adapters.pieces import LowRank, Pieces
 from hatrack_server.adapters.pools import Places, Pools
 from hatrack_server.adapters.slots import Load, ProgramSlots
@@ -16,6 +18,7 @@ from hatrack_server.types import Artifact, LinearShape
 
 LAYERS = {"up": LinearShape(6, 2), "down": LinearShape(2, 6)}
 ROW_BYTES = 2 * 8 * 4  # of one program of rank 1: two layers, 8 float32 each
+HOST_BYTES = 4 * 64  # the same on the host: four tensors, each in a line of its own
 PATIENCE_SECONDS = 10.0
 NOT_NOW_SECONDS = 0.1
 
@@ -24,22 +27,34 @@ def artifact(digest: str) -> Artifact:
     return Artifact(digest, Path(digest))
 
 
+MakeRack = Callable[..., "Rack"]
+
+
 class Rack:
     """Slots for `capacity` programs of rank 1, whose digests say what they are: `r2-anything` has rank 2."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, on_host: int = 0) -> None:
+        """`on_host` programs of rank 1 are kept after they were evicted."""
         self.compiled: list[str] = []
+        self.values: dict[str, float] = {}  # that fill the pieces of what was compiled
         self.threads = 0  # that the loading thread may use
         self.gate = threading.Event()
         self.gate.set()
         self.ended: queue.SimpleQueue[Load] = queue.SimpleQueue()
         self.budget = capacity * ROW_BYTES
         self.pools = Pools(torch.float32, torch.device("cpu"), self.budget)
-        self.slots = ProgramSlots(self.pools, self._compile, self.ended.put)
+        self.host = HostTier(on_host * HOST_BYTES, pinned=False)
+        self.slots = ProgramSlots(self.pools, self.host, self._compile, self.ended.put)
 
     def request(self, *digests: str) -> None:
+        """As a scheduler does, whose sequences wait for these programs."""
         for digest in digests:
             self.slots.request(artifact(digest))
+
+    def preload(self, *digests: str) -> None:
+        """For nobody: what is loaded may be evicted again at once."""
+        for digest in digests:
+            self.slots.preload(artifact(digest))
 
     def loaded(self) -> Load:
         """The next load that ends."""
@@ -48,9 +63,9 @@ class Rack:
         return load
 
     def load(self, *digests: str) -> None:
-        """Loads programs one after the other."""
+        """Loads programs one after the other, which nobody waits for."""
         for digest in digests:
-            self.request(digest)
+            self.preload(digest)
             load = self.loaded()
             assert (load.artifact.digest, load.error) == (digest, None)
 
@@ -90,7 +105,8 @@ class Rack:
             case "empty":
                 return ()
         rank = int(kind[1:]) if kind[0] == "r" and kind[1:].isdigit() else 1
-        return self._pieces(rank, float(len(self.compiled)))
+        self.values[wanted.digest] = float(len(self.compiled))
+        return self._pieces(rank, self.values[wanted.digest])
 
     def _pieces(self, rank: int, value: float) -> Pieces:
         return tuple(
@@ -100,11 +116,11 @@ class Rack:
 
 
 @pytest.fixture
-def rack() -> Iterator[Callable[[int], Rack]]:
+def rack() -> Iterator[MakeRack]:
     made: list[Rack] = []
 
-    def make(capacity: int) -> Rack:
-        made.append(Rack(capacity))
+    def make(capacity: int, on_host: int = 0) -> Rack:
+        made.append(Rack(capacity, on_host))
         return made[-1]
 
     yield make
@@ -113,7 +129,7 @@ def rack() -> Iterator[Callable[[int], Rack]]:
         one.slots.close()
 
 
-def test_a_program_is_resident_when_its_load_has_ended(rack: Callable[[int], Rack]) -> None:
+def test_a_program_is_resident_when_its_load_has_ended(rack: MakeRack) -> None:
     r = rack(4)
     r.gate.clear()
     r.request("x")
@@ -125,7 +141,7 @@ def test_a_program_is_resident_when_its_load_has_ended(rack: Callable[[int], Rac
     assert (len(r.slots), r.slots.bytes) == (1, r.pools.bytes)
 
 
-def test_loading_leaves_the_cores_to_the_step_loop(rack: Callable[[int], Rack]) -> None:
+def test_loading_leaves_the_cores_to_the_step_loop(rack: MakeRack) -> None:
     r = rack(4)
     before = torch.get_num_threads()
     r.load("x")
@@ -133,7 +149,7 @@ def test_loading_leaves_the_cores_to_the_step_loop(rack: Callable[[int], Rack]) 
     assert torch.get_num_threads() == before
 
 
-def test_many_requests_of_one_digest_load_once(rack: Callable[[int], Rack]) -> None:
+def test_many_requests_of_one_digest_load_once(rack: MakeRack) -> None:
     r = rack(4)
     r.gate.clear()
     threads = [threading.Thread(target=r.request, args=("x", "y")) for _ in range(8)]
@@ -150,7 +166,7 @@ def test_many_requests_of_one_digest_load_once(rack: Callable[[int], Rack]) -> N
     assert r.compiled.count("x") == 1
 
 
-def test_programs_loaded_in_a_row_are_neighbours(rack: Callable[[int], Rack]) -> None:
+def test_programs_loaded_in_a_row_are_neighbours(rack: MakeRack) -> None:
     r = rack(8)
     r.load("a", "b", "c")
     for digest in "abc":
@@ -159,7 +175,7 @@ def test_programs_loaded_in_a_row_are_neighbours(rack: Callable[[int], Rack]) ->
     assert [r.slots[d].order for d in "abc"] == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_the_least_recently_used_goes_first(rack: Callable[[int], Rack]) -> None:
+def test_the_least_recently_used_goes_first(rack: MakeRack) -> None:
     r = rack(3)
     r.load("a", "b", "c")
     assert r.resident("a") == ["a"]
@@ -168,7 +184,7 @@ def test_the_least_recently_used_goes_first(rack: Callable[[int], Rack]) -> None
     assert r.resident("a", "b", "c", "d") == ["a", "c", "d"]
 
 
-def test_an_evicted_program_can_be_loaded_again(rack: Callable[[int], Rack]) -> None:
+def test_an_evicted_program_can_be_loaded_again(rack: MakeRack) -> None:
     r = rack(1)
     r.load("a", "b", "a")
     assert r.compiled == ["a", "b", "a"]
@@ -176,7 +192,7 @@ def test_an_evicted_program_can_be_loaded_again(rack: Callable[[int], Rack]) -> 
     assert r.content("a") == {3.0}
 
 
-def test_a_pinned_program_is_never_evicted_nor_overwritten(rack: Callable[[int], Rack]) -> None:
+def test_a_pinned_program_is_never_evicted_nor_overwritten(rack: MakeRack) -> None:
     r = rack(2)
     r.load("a", "b")
     assert r.slots.acquire("a")
@@ -185,7 +201,7 @@ def test_a_pinned_program_is_never_evicted_nor_overwritten(rack: Callable[[int],
     assert r.resident("b", "c", "d", "e", "f") == ["f"]
 
 
-def test_a_load_waits_while_all_is_pinned_and_goes_on_at_a_release(rack: Callable[[int], Rack]) -> None:
+def test_a_load_waits_while_all_is_pinned_and_goes_on_at_a_release(rack: MakeRack) -> None:
     r = rack(2)
     r.load("a", "b")
     for digest in ("a", "b", "b"):
@@ -200,7 +216,7 @@ def test_a_load_waits_while_all_is_pinned_and_goes_on_at_a_release(rack: Callabl
     assert not r.slots.acquire("b")
 
 
-def test_busy_programs_cannot_keep_others_out_for_good(rack: Callable[[int], Rack]) -> None:
+def test_busy_programs_cannot_keep_others_out_for_good(rack: MakeRack) -> None:
     r = rack(2)
     r.load("a", "b")
     assert r.slots.acquire("a")
@@ -225,7 +241,7 @@ def test_busy_programs_cannot_keep_others_out_for_good(rack: Callable[[int], Rac
     assert r.slots.acquire("a")
 
 
-def test_no_program_is_held_back_while_a_forgotten_one_makes_room(rack: Callable[[int], Rack]) -> None:
+def test_no_program_is_held_back_while_a_forgotten_one_makes_room(rack: MakeRack) -> None:
     r = rack(2)
     r.load("a", "b")
     assert r.slots.acquire("a")
@@ -238,7 +254,7 @@ def test_no_program_is_held_back_while_a_forgotten_one_makes_room(rack: Callable
     assert r.loaded().artifact.digest == "c"
 
 
-def test_a_program_beyond_the_whole_budget_is_refused_in_a_sentence(rack: Callable[[int], Rack]) -> None:
+def test_a_program_beyond_the_whole_budget_is_refused_in_a_sentence(rack: MakeRack) -> None:
     r = rack(2)
     r.load("a", "b")
     r.request("r4-huge")
@@ -256,7 +272,7 @@ def test_a_program_beyond_the_whole_budget_is_refused_in_a_sentence(rack: Callab
         ("broken-1", "its adapter can't be loaded"),
     ],
 )
-def test_a_failed_load_says_so_and_leaks_nothing(rack: Callable[[int], Rack], digest: str, error: str) -> None:
+def test_a_failed_load_says_so_and_leaks_nothing(rack: MakeRack, digest: str, error: str) -> None:
     r = rack(2)
     for _ in range(3):
         r.request(digest)
@@ -268,13 +284,13 @@ def test_a_failed_load_says_so_and_leaks_nothing(rack: Callable[[int], Rack], di
     assert r.slots.evictions == 0
 
 
-def test_a_program_without_pieces_is_resident_too(rack: Callable[[int], Rack]) -> None:
+def test_a_program_without_pieces_is_resident_too(rack: MakeRack) -> None:
     r = rack(1)
     r.load("a", "empty-1")
     assert r.resident("a", "empty-1") == ["a", "empty-1"]
 
 
-def test_forgetting_frees_at_once_or_at_the_last_release(rack: Callable[[int], Rack]) -> None:
+def test_forgetting_frees_at_once_or_at_the_last_release(rack: MakeRack) -> None:
     r = rack(2)
     r.load("a", "b")
     r.slots.forget("never seen")
@@ -291,7 +307,7 @@ def test_forgetting_frees_at_once_or_at_the_last_release(rack: Callable[[int], R
     assert r.slots.evictions == 0
 
 
-def test_a_waiting_load_takes_the_room_of_a_forgotten_program(rack: Callable[[int], Rack]) -> None:
+def test_a_waiting_load_takes_the_room_of_a_forgotten_program(rack: MakeRack) -> None:
     r = rack(1)
     r.load("a")
     assert r.slots.acquire("a")
@@ -302,16 +318,16 @@ def test_a_waiting_load_takes_the_room_of_a_forgotten_program(rack: Callable[[in
     assert r.loaded().artifact.digest == "b"
 
 
-def test_free_rows_are_given_back_before_programs_are_evicted(rack: Callable[[int], Rack]) -> None:
+def test_free_rows_are_given_back_before_programs_are_evicted(rack: MakeRack) -> None:
     r = rack(7)
-    r.load("a", "b", "c")  # grows to four rows
-    assert r.pools.bytes == 4 * ROW_BYTES
+    r.load("a", "b", "c", "d")
+    r.slots.forget("d")
     r.load("r4-x")
     assert r.slots.evictions == 0
     assert r.pools.bytes == 7 * ROW_BYTES
 
 
-def test_another_rank_class_evicts_no_more_than_it_needs(rack: Callable[[int], Rack]) -> None:
+def test_another_rank_class_evicts_no_more_than_it_needs(rack: MakeRack) -> None:
     r = rack(6)
     r.load(*"abcdef")
     assert r.slots.acquire("c")
@@ -324,11 +340,11 @@ def test_another_rank_class_evicts_no_more_than_it_needs(rack: Callable[[int], R
         assert r.content(digest) == {float(value)}
 
 
-def test_another_rank_class_gets_room_though_one_is_spread_over_the_budget(rack: Callable[[int], Rack]) -> None:
+def test_another_rank_class_gets_room_though_one_is_spread_over_the_budget(rack: MakeRack) -> None:
     r = rack(4)
     r.load(*"abcd")
     assert r.slots.acquire("d")  # the last row: its pool can't be trimmed before it goes
-    r.request("r2-x")
+    r.preload("r2-x")
     assert r.waits()
     assert not r.slots.acquire("d")
     r.slots.release("d")
@@ -338,7 +354,7 @@ def test_another_rank_class_gets_room_though_one_is_spread_over_the_budget(rack:
     assert r.resident(*"efgh") == list("efgh")
 
 
-def test_all_of_many_mixed_programs_are_served_while_others_are_pinned(rack: Callable[[int], Rack]) -> None:
+def test_all_of_many_mixed_programs_are_served_while_others_are_pinned(rack: MakeRack) -> None:
     r = rack(5)
     digests = [f"r{1 + n % 4}-{n}" for n in range(24)]
     r.request(*digests)
@@ -350,13 +366,12 @@ def test_all_of_many_mixed_programs_are_served_while_others_are_pinned(rack: Cal
         assert load.error is None
         if r.slots.acquire(load.artifact.digest):
             pinned.append(load.artifact.digest)
-            assert r.content(load.artifact.digest) - {0.0} == {
-                1.0 + digests.index(load.artifact.digest)
-            }  # padded to the class
-    assert r.compiled == digests
+            padded_to_the_class = r.content(load.artifact.digest)
+            assert padded_to_the_class - {0.0} == {r.values[load.artifact.digest]}
+    assert set(r.compiled) == set(digests)
 
 
-def test_closing_ends_a_load_that_waits(rack: Callable[[int], Rack]) -> None:
+def test_closing_ends_a_load_that_waits(rack: MakeRack) -> None:
     r = rack(1)
     r.load("a")
     assert r.slots.acquire("a")
@@ -369,7 +384,7 @@ def test_closing_ends_a_load_that_waits(rack: Callable[[int], Rack]) -> None:
     assert r.content("a") == {1.0}
 
 
-def test_bytes_can_be_asked_for_while_new_pools_are_made(rack: Callable[[int], Rack]) -> None:
+def test_bytes_can_be_asked_for_while_new_pools_are_made(rack: MakeRack) -> None:
     r = rack(400)
     digests = [f"r{1 << n}-{n}" for n in range(7)]
     r.request(*digests)
@@ -377,7 +392,7 @@ def test_bytes_can_be_asked_for_while_new_pools_are_made(rack: Callable[[int], R
         assert 0 <= r.slots.bytes <= r.budget
 
 
-def test_a_load_that_nobody_wants_any_more_comes_to_nothing(rack: Callable[[int], Rack]) -> None:
+def test_a_load_that_nobody_wants_any_more_comes_to_nothing(rack: MakeRack) -> None:
     r = rack(2)
     r.gate.clear()
     r.request("a", "b", "c")
@@ -391,7 +406,7 @@ def test_a_load_that_nobody_wants_any_more_comes_to_nothing(rack: Callable[[int]
     assert r.slots.evictions == 0
 
 
-def test_abandoning_ends_a_wait_for_room(rack: Callable[[int], Rack]) -> None:
+def test_abandoning_ends_a_wait_for_room(rack: MakeRack) -> None:
     r = rack(1)
     r.load("a")
     assert r.slots.acquire("a")
@@ -403,7 +418,7 @@ def test_abandoning_ends_a_wait_for_room(rack: Callable[[int], Rack]) -> None:
     assert "b" not in r.resident("a", "b", "c")
 
 
-def test_forgetting_during_a_load_leaves_nothing_resident(rack: Callable[[int], Rack]) -> None:
+def test_forgetting_during_a_load_leaves_nothing_resident(rack: MakeRack) -> None:
     r = rack(2)
     r.gate.clear()
     r.request("a")
@@ -411,6 +426,130 @@ def test_forgetting_during_a_load_leaves_nothing_resident(rack: Callable[[int], 
     r.gate.set()
     r.load("b")
     assert r.resident("a", "b") == ["b"]
+
+
+def test_an_evicted_program_comes_back_from_the_host(rack: MakeRack) -> None:
+    r = rack(1, on_host=1)
+    r.load("a", "b", "a")
+    assert r.compiled == ["a", "b"]
+    assert r.slots.acquire("a")
+    assert r.content("a") == {1.0}
+    assert (r.slots.disk_loads, r.slots.host_loads, r.slots.reloads) == (2, 1, 1)
+    assert r.slots.host_bytes == HOST_BYTES
+
+
+def test_what_is_never_evicted_takes_nothing_on_the_host(rack: MakeRack) -> None:
+    r = rack(4, on_host=4)
+    r.load("a", "b", "c")
+    assert (r.slots.host_bytes, r.slots.host_loads, r.slots.reloads) == (0, 0, 0)
+
+
+def test_reloads_count_wherever_they_come_from(rack: MakeRack) -> None:
+    r = rack(1)
+    r.load("a", "b", "a", "b")
+    assert (r.slots.disk_loads, r.slots.host_loads, r.slots.reloads) == (4, 0, 2)
+
+
+@pytest.mark.parametrize("where", ["on the host", "pinned", "evicted since"])
+def test_a_forgotten_program_leaves_nothing_on_the_host(rack: MakeRack, where: str) -> None:
+    r = rack(1, on_host=2)
+    r.load("a", "b", "a")  # both have been evicted, "a" is resident
+    if where == "pinned":
+        assert r.slots.acquire("a")
+    if where == "evicted since":
+        r.load("b")
+    r.slots.forget("a")
+    if where == "pinned":
+        r.slots.release("a")
+    r.load("c")  # whatever was to be done is done
+    assert "a" not in r.host
+    r.load("a")
+    assert r.compiled.count("a") == 2
+
+
+def test_forgetting_wakes_the_thread_that_frees_the_copy(rack: MakeRack) -> None:
+    r = rack(1, on_host=2)
+    r.load("a", "b")
+    assert r.slots.host_bytes == HOST_BYTES
+    r.slots.forget("a")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while r.slots.host_bytes and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert r.slots.host_bytes == 0
+
+
+def test_a_program_that_is_awaited_is_not_evicted_before_it_was_used(rack: MakeRack) -> None:
+    r = rack(2)
+    r.request("a", "b", "c")
+    assert {r.loaded().artifact.digest for _ in "ab"} == {"a", "b"}
+    assert r.waits()
+    assert r.slots.acquire("a")
+    r.slots.release("a")
+    assert r.loaded().artifact.digest == "c"
+    assert r.resident("a", "b", "c") == ["b", "c"]
+
+
+def test_one_that_was_resident_is_kept_for_who_asks_for_it(rack: MakeRack) -> None:
+    r = rack(2)
+    r.load("a", "b")
+    r.request("a")  # the oldest
+    r.load("c")
+    assert r.resident("a", "b", "c") == ["a", "c"]
+
+
+def test_what_was_asked_for_and_given_up_may_be_evicted(rack: MakeRack) -> None:
+    r = rack(1)
+    r.request("a")
+    assert r.loaded().error is None
+    r.request("b")
+    assert r.waits()
+    r.slots.abandon("a")
+    assert r.loaded().artifact.digest == "b"
+
+
+def test_small_programs_pass_one_that_waits_for_room(rack: MakeRack) -> None:
+    r = rack(5)
+    r.load("a", "b", "c")
+    for digest in "abc":
+        assert r.slots.acquire(digest)
+    r.request("r4-large", "d", "e", "f")
+    assert [r.loaded().artifact.digest for _ in "de"] == ["d", "e"]
+    assert r.waits()  # what is freed from now on is for the large one
+    assert r.slots.acquire("d")
+    assert r.slots.acquire("e")
+    for digest in "abc":
+        r.slots.release(digest)
+    assert r.waits()
+    for digest in "de":
+        r.slots.release(digest)
+    assert [r.loaded().artifact.digest for _ in range(2)] == ["r4-large", "f"]
+    assert r.compiled.count("r4-large") == 1
+
+
+def test_a_program_that_fails_passes_too(rack: MakeRack) -> None:
+    r = rack(1)
+    r.load("a")
+    assert r.slots.acquire("a")
+    r.request("b", "refused-1", "empty-1")
+    assert r.loaded().error == "its adapter can't be loaded: its tensors are wrong"
+    assert r.loaded().artifact.digest == "empty-1"
+    assert r.waits()
+    r.slots.release("a")
+    assert r.loaded().artifact.digest == "b"
+
+
+def test_a_working_set_beyond_the_budget_is_told_and_warned_of_once(
+    rack: MakeRack, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rack(2)
+    r.load("a", "b")
+    assert r.slots.working_set_bytes == r.slots.budget_bytes == r.budget
+    assert not caplog.records
+    r.load("c", "d")
+    assert r.slots.working_set_bytes == 2 * r.budget
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    r.slots.forget("a")
+    assert r.slots.working_set_bytes == 3 * ROW_BYTES
 
 
 class SlowPools(Pools):
@@ -441,7 +580,7 @@ def test_compaction_holds_nobody_up(meanwhile: str) -> None:
             for name, s in LAYERS.items()
         )
 
-    slots = ProgramSlots(pools, compiled, ended.put)
+    slots = ProgramSlots(pools, HostTier(0, pinned=False), compiled, ended.put)
     try:
         for digest in "abcd":
             slots.request(artifact(digest))

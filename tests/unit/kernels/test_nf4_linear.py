@@ -6,7 +6,17 @@ from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bi
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-from hatrack_server.kernels.nf4_linear import choose_layout, nf4_linear, nf4_linear_reference
+from hatrack_server.kernels import nf4_linear as module
+from hatrack_server.kernels.native import Native, native
+from hatrack_server.kernels.nf4_linear import (
+    PackedLinear,
+    Workspace,
+    keep_canonical,
+    nf4_linear,
+    nf4_linear_reference,
+    nf4_tensors,
+    pack,
+)
 
 # bitsandbytes keeps one scale for 64 weights; the last two don't fit its packed kernel.
 SHAPES = [(64, 128), (32, 64), (40, 64), (64, 96)]
@@ -32,36 +42,103 @@ def inputs(rows: int, in_features: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_canonical_layout_is_exact_in_float32(shape: tuple[int, int], rows: int, bias: bool) -> None:
     layer, x = layer_of(*shape, bias=bias, dtype=torch.float32), inputs(rows, shape[1])
-    choose_layout(layer, packed=False)
+    keep_canonical(layer)
     wanted = nf4_linear_reference(x, layer)
     for _ in range(2):
         torch.testing.assert_close(nf4_linear(x, layer), wanted)
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 40, 300])  # few and many take different ways
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_packed_layout_stays_within_bfloat16(shape: tuple[int, int], rows: int, bias: bool) -> None:
-    layer, x = layer_of(*shape, bias=bias, dtype=torch.bfloat16), inputs(rows, shape[1]).bfloat16()
-    wanted = nf4_linear_reference(x.float(), layer_of(*shape, bias=bias, dtype=torch.float32))
-    choose_layout(layer, packed=True)
-    for _ in range(2):  # the first call may repack
-        torch.testing.assert_close(nf4_linear(x, layer).float(), wanted, atol=3e-2, rtol=3e-2)
+def test_the_fastest_layout_stays_within_bfloat16(
+    shape: tuple[int, int], rows: int, bias: bool, dtype: torch.dtype
+) -> None:
+    x = inputs(rows, shape[1])
+    canonical = layer_of(*shape, bias=bias, dtype=torch.float32)
+    wanted = nf4_linear_reference(x.bfloat16().float(), canonical)
+    keep_canonical(canonical)
+    layer = pack(canonical, Workspace())
+    found = nf4_linear(x.to(dtype), layer)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), wanted, atol=3e-2, rtol=3e-2)
+
+
+@pytest.fixture
+def packed_layer() -> PackedLinear:
+    layer = pack(layer_of(96, 192, bias=False, dtype=torch.bfloat16), Workspace())
+    if not isinstance(layer, PackedLinear):
+        pytest.skip("no packed layout on this machine")
+    return layer
+
+
+@pytest.fixture
+def library() -> Native:
+    found = native()
+    if found is None:
+        pytest.skip("no C compiler with OpenMP")
+    return found
+
+
+def by_bitsandbytes(x: Tensor, layer: PackedLinear) -> Tensor:
+    return torch.ops.bitsandbytes.gemv_4bit(x, layer.weight.data, (96, 192), layer.scales, layer.code, 64)
+
+
+@torch.inference_mode()
+def test_unpacked_weights_are_those_of_bitsandbytes_kernel(packed_layer: PackedLinear, library: Native) -> None:
+    dense = torch.empty(96, 192, dtype=torch.bfloat16)
+    library.unpack_nf4(packed_layer.weight, packed_layer.scales, packed_layer.code, dense)
+    assert torch.equal(by_bitsandbytes(torch.eye(192).bfloat16(), packed_layer).T, dense)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 33, 70, 300])
+def test_the_product_in_tiles_is_that_of_bitsandbytes_kernel(
+    tokens: int, packed_layer: PackedLinear, library: Native
+) -> None:
+    if not library.has_tiles:
+        pytest.skip("no AMX on this machine")
+    x = inputs(tokens, 200).bfloat16()[:, 4:196]  # a part of wider tokens
+    found = library.nf4_product(x, packed_layer.weight, packed_layer.scales, packed_layer.code)
+    wanted = by_bitsandbytes(x.contiguous(), packed_layer)
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=1e-4)  # sums in another order
+
+
+@torch.inference_mode()
+def test_without_tiles_many_tokens_take_the_workspace(monkeypatch: pytest.MonkeyPatch, library: Native) -> None:
+    monkeypatch.setattr(library, "has_tiles", False)
+    workspace = Workspace()
+    for shape in [(64, 128), (96, 192), (32, 64), (64, 128)]:
+        canonical, x = layer_of(*shape, bias=True, dtype=torch.float32), inputs(module.FEW + 1, shape[1])
+        wanted = nf4_linear_reference(x, canonical)
+        torch.testing.assert_close(nf4_linear(x, pack(canonical, workspace)), wanted, atol=3e-2, rtol=3e-2)
 
 
 @torch.inference_mode()
 def test_an_unquantised_layer_is_left_as_it_is() -> None:
     layer, x = nn.Linear(5, 3), inputs(2, 5)
-    choose_layout(layer, packed=True)
+    assert pack(layer, Workspace()) is layer
     torch.testing.assert_close(nf4_linear(x, layer), x @ layer.weight.T + layer.bias)
 
 
 @torch.inference_mode()
 def test_leading_dimensions_are_kept() -> None:
     layer, x = layer_of(64, 128, bias=True, dtype=torch.float32), inputs(6, 128)
-    choose_layout(layer, packed=False)
+    keep_canonical(layer)
     torch.testing.assert_close(nf4_linear(x.view(1, 6, 128), layer)[0], nf4_linear(x, layer))
+    packed = pack(layer, Workspace())
+    torch.testing.assert_close(nf4_linear(x.view(1, 6, 128), packed)[0], nf4_linear(x, packed))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_weight_takes_little_more_than_4_bits(packed: bool) -> None:
+    layer: nn.Module = layer_of(256, 512, bias=True, dtype=torch.bfloat16)
+    if packed:
+        layer = pack(layer, Workspace())
+    bits = 8 * sum(tensor.nbytes for tensor in nf4_tensors(layer)) / (256 * 512)
+    assert 4.1 < bits < 4.3
 
 
 # QLoRA, Dettmers et al. 2023, appendix E.

@@ -30,7 +30,7 @@ from hatrack_server.kernels.replacement import (
     replace_tokens,
 )
 from hatrack_server.kernels.rowwise import add_vector, multiply_vector, replace_first
-from hatrack_server.kernels.runs import Run, each_token, merge_runs
+from hatrack_server.kernels.runs import Run, Runs, each_token, merge_runs
 
 ROWS, IN, OUT = 9, 15, 8
 
@@ -260,6 +260,22 @@ def test_stretches_are_what_lies_side_by_side() -> None:
     assert all(isinstance(stretch.index, slice) and stretch.position == 1 for stretch in stretches)
     assert rows_by_token(stretches) == rows_by_token([run])
     assert Run(0, 1, (3, 4)).stretches == [Run(0, 1, (3, 4))]
+
+
+@pytest.mark.parametrize(("longest", "height"), [(0, 1), (1, 1), (4, 1), (5, 16), (64, 16), (65, 64), (130, 64)])
+def test_tiles_hold_every_token_once_beside_its_row(longest: int, height: int) -> None:
+    runs = merge_runs([Run(2, 1, (3, 1)), Run(4, longest, (8,)), Run(4 + longest, 0, (5,))])
+    tiles = runs.tiles(torch.device("cpu"))
+    held = [(first + n, row) for first, count, row in tiles.table.tolist() for n in range(count)]
+    assert held == list(each_token(runs))
+    assert tiles.height == height
+    assert all(0 < count <= height for _, count, _ in tiles.table.tolist())
+
+
+def test_tiles_are_made_once() -> None:
+    runs = merge_runs([Run(0, 1, (3,))])
+    assert Runs.of(runs).tiles(torch.device("cpu")) is runs.tiles(torch.device("cpu"))
+    assert len(Runs.of([]).tiles(torch.device("cpu")).table) == 0
 
 
 def test_runs_at_other_positions_of_their_sequences_stay_apart() -> None:

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hatrack_server.kernels import native as module
+from hatrack_server.kernels.low_rank import add_low_rank, add_low_rank_reference
+from hatrack_server.kernels.native import Native, native
+from hatrack_server.kernels.runs import Run, merge_runs
+
+ROWS = 9
+SKEWS = {
+    "distinct": list(range(ROWS)),
+    "uniform": [n % 3 for n in range(12)],
+    "zipf": random.Random(0).choices(range(ROWS), [1 / (n + 1) for n in range(ROWS)], k=17),
+    "all same": [4] * 11,
+    "single": [8],
+    "none": [],
+}
+
+
+@pytest.fixture
+def library() -> Native:
+    found = native()
+    if found is None:
+        pytest.skip("no C compiler with OpenMP")
+    return found
+
+
+def halves(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+# The middle one has more outputs than a thread makes at a time, and none of its sizes fills whole vectors.
+@pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (3, 77, 1111), (1, 1, 1)])
+@pytest.mark.parametrize("skew", SKEWS)
+def test_low_rank_equals_its_reference(library: Native, skew: str, rank: int, width: int, out: int) -> None:
+    rows = torch.tensor(SKEWS[skew], dtype=torch.int32)
+    a, b = halves(ROWS, rank, width), halves(ROWS, rank, out, seed=1)
+    x, y = halves(len(rows), width, seed=2), halves(len(rows), out, seed=3)
+    wanted = y.float()
+    add_low_rank_reference(
+        wanted, x.float(), a.float(), b.float(), [Run(t, 1, (r,)) for t, r in enumerate(SKEWS[skew])]
+    )
+    library.add_low_rank(y, x, a, b, rows)
+    torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-4 * width)  # one rounding of the sum
+
+
+def test_low_rank_on_its_own_output(library: Native) -> None:
+    a, b, y = halves(2, 8, 40), halves(2, 8, 40, seed=1), halves(3, 40, seed=2)
+    other = y.clone()
+    rows = torch.tensor([0, 1, 1], dtype=torch.int32)
+    library.add_low_rank(other, y, a, b, rows)
+    library.add_low_rank(y, y, a, b, rows)
+    assert torch.equal(y, other)
+
+
+def test_low_rank_between_other_tokens(library: Native) -> None:
+    """Tokens of wider tensors, as slices of a step's are."""
+    a, b, x, y = halves(2, 8, 24), halves(2, 8, 24, seed=1), halves(5, 48, seed=2), halves(5, 48, seed=3)
+    wanted = y[1:3, :24].clone()
+    before = y.clone()
+    rows = torch.tensor([1, 0], dtype=torch.int32)
+    library.add_low_rank(wanted, x[1:3, :24].contiguous(), a, b, rows)
+    library.add_low_rank(y[1:3, :24], x[1:3, :24], a, b, rows)
+    assert torch.equal(y[1:3, :24], wanted)
+    y[1:3, :24] = before[1:3, :24]
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_adapter_stays_with_its_tokens(library: Native, value: float) -> None:
+    a, b, x, y = halves(3, 8, 40), halves(3, 8, 600, seed=1), halves(3, 40, seed=2), halves(3, 600, seed=3)
+    rows = torch.arange(3, dtype=torch.int32)
+    wanted, found = y.clone(), y.clone()
+    library.add_low_rank(wanted, x, a, b, rows)
+    a[1] = value
+    library.add_low_rank(found, x, a, b, rows)
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[[0, 2]], wanted[[0, 2]])
+
+
+@pytest.mark.parametrize("lengths", [(1,), (8,), (9,), (1, 30, 2)], ids=str)
+def test_a_step_of_decodes_and_prompts_in_bfloat16(lengths: tuple[int, ...]) -> None:
+    """Runs of few tokens and of many, which take different ways."""
+    a, b = halves(ROWS, 16, 64) / 8, halves(ROWS, 16, 96, seed=1) / 8
+    parts, start = [], 0
+    for n in range(7):
+        parts.append(Run(start, lengths[n % len(lengths)], (n * 5 % ROWS,)))
+        start = parts[-1].stop
+    x, y = halves(start, 64, seed=2), halves(start, 96, seed=3)
+    wanted = y.float()
+    add_low_rank_reference(wanted, x.float(), a.float(), b.float(), parts)
+    add_low_rank(y, x, a, b, merge_runs(parts))
+    torch.testing.assert_close(y.float(), wanted, rtol=2**-7, atol=5e-2)
+
+
+def test_is_compiled_once_for_a_machine(library: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = module._compiled()
+    assert path.is_relative_to(tmp_path)
+    made = path.stat().st_mtime_ns
+    assert module._compiled() == path
+    assert path.stat().st_mtime_ns == made
+    assert list(path.parent.iterdir()) == [path]
+    assert isinstance(Native(path), Native)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_callers_go_on_without(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "COMPILER", compiler)
+    with caplog.at_level(logging.WARNING):
+        assert module.native.__wrapped__() is None
+    assert "no C kernels" in caplog.text
