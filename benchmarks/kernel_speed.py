@@ -12,7 +12,6 @@ output is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from rich.console import Console
 from rich.table import Table
+from setting import print_document, setting
 from torch import Tensor
 
 from hatrack_server.kernels.bottleneck import add_bottleneck, add_bottleneck_reference
@@ -72,8 +72,8 @@ def main() -> None:
         machine = measure_machine()
         results = [measured(case, machine, seconds) for case in cases()]
     Console(stderr=True).print(as_table(results))
-    document = {"benchmark": "kernels", "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps(document | {"machine": machine.__dict__, "cases": results}))
+    found = {"threads": torch.get_num_threads(), "limits": machine.__dict__, "cases": results}
+    print_document({"benchmark": "kernels", **setting("cpu"), **found})
 
 
 def measure_machine() -> Machine:

@@ -115,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--adapters", type=int, default=2000, help="registered")
     parser.add_argument("--adapter-gb", type=float, default=1.0, help="the server's memory for them")
+    parser.add_argument("--host-adapter-gb", type=float, default=1.0, help="and for those that had to leave it")
     parser.add_argument("--fit", type=int, default=64, help="how many the memory holds in the second comparison")
     parser.add_argument("--requests", type=int, default=320, help="per measurement")
     parser.add_argument("--clients", type=int, default=32, help="of a closed loop")
@@ -131,9 +132,9 @@ def parse_arguments() -> argparse.Namespace:
 @asynccontextmanager
 async def rack(args: argparse.Namespace, inputs: Inputs, adapter_gb: float) -> AsyncIterator[Rack]:
     """A fresh server with so much memory for adapters, over the data directory of all."""
-    limits = [*device_options(args), "--adapter-gb", f"{adapter_gb:.6f}"]
+    memory = ["--adapter-gb", f"{adapter_gb:.6f}", "--host-adapter-gb", str(args.host_adapter_gb)]
     names = [f"{SMALL}-{number}" for number in range(args.adapters)]
-    with serving(inputs.base, limits, inputs.folder / "server") as server:
+    with serving(inputs.base, [*device_options(args), *memory], inputs.folder / "server") as server:
         async with AsyncClient(server.address) as client:
             await register(client, inputs.adapter(SMALL), names)
             yield Rack(server, client, names)
@@ -187,6 +188,7 @@ def protocol(args: argparse.Namespace, inputs: Inputs) -> Document:
     return {
         "registered": args.adapters,
         "adapter_gb": args.adapter_gb,
+        "host_adapter_gb": args.host_adapter_gb,
         "adapter_bytes": inputs.adapter_bytes(SMALL),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,

@@ -12,7 +12,7 @@ steps, the prefill what passes until the second token. PEFT has the same NF4 bas
 figures are medians over runs. The table goes to standard error; the last line of standard output is one JSON document:
 - `ratio`: how many times faster Hatrack is than each peer;
 - `slowdown`: each system's step over its own step of as many rows without adapters;
-- `weights_share`: of the base's step for one row, what reading the weights takes at the bandwidth measured in this run;
+- `weights_share`: of the base's step for one row, what reading the weights takes, at the bandwidth before and after;
 - `added_over_read`: what adapters add to our step, over what reading them takes at that bandwidth.
 """
 
@@ -59,16 +59,20 @@ class Hatrack:
     """Every case on one fresh server."""
 
     def __init__(self, args: argparse.Namespace, inputs: Inputs, cases: Sequence[Case]) -> None:
-        self._options = device_options(args)
+        self._args = args
         self._inputs = inputs
         self._cases = cases
         self.memory: dict[str, int] = {}  # what the last server said that it takes
+        self.bandwidths: list[float] = []  # just before and after each run: a machine's pace drifts
 
     def __call__(self, run: int) -> list[Measurement]:
         """The measurements of one run."""
-        with serving(self._inputs.base, self._options) as server:
+        self.bandwidths.append(read_bandwidth(self._args))
+        with serving(self._inputs.base, device_options(self._args)) as server:
             self.memory = server.memory
-            return asyncio.run(measure_cases(server, self._inputs, self._cases, run))
+            found = asyncio.run(measure_cases(server, self._inputs, self._cases, run))
+        self.bandwidths.append(read_bandwidth(self._args))
+        return found
 
 
 def main() -> None:
@@ -80,10 +84,9 @@ def main() -> None:
         return
     cases = with_bases(args.rows)
     inputs = make_inputs(args, "--adapters", str(max(case.distinct for case in cases)))
-    bandwidth = read_bandwidth(args)
     hatrack = Hatrack(args, inputs, cases)
     runs = measure(args.runs, {"hatrack": hatrack, **peers(args, inputs, cases)}, console)
-    limits = Limits(bandwidth, step_bytes(inputs.base, hatrack.memory), inputs.adapter_bytes("a0"))
+    limits = Limits(median(hatrack.bandwidths), step_bytes(inputs.base, hatrack.memory), inputs.adapter_bytes("a0"))
     results = summarize(cases, runs, limits)
     console.print(as_table(args.shape, results))
     document = as_document("serving", args, protocol(args) | {"limits": limits_found(limits), "cases": results})

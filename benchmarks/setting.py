@@ -58,13 +58,20 @@ def as_document(benchmark: str, args: argparse.Namespace, found: Document) -> Do
     """What was found, under what it was found with."""
     return {
         "benchmark": benchmark,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "shape": args.shape,
         "device": args.device,
         "threads": args.threads,
-        "machine": machine(args.device),
-        "versions": {name: version(name) for name in PACKAGES},
+        **setting(args.device),
         **found,
+    }
+
+
+def setting(device: str) -> Document:
+    """When, on what and with what something is measured."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(device),
+        "versions": {name: version(name) for name in PACKAGES},
     }
 
 

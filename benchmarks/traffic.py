@@ -50,8 +50,9 @@ async def open_loop(requests: Sequence[T], times: Sequence[float], send: Send[T]
     start = time.perf_counter()
 
     async def at(seconds: float, request: T) -> Served:
-        await asyncio.sleep(start + seconds - time.perf_counter())
-        return await timed(request, send)
+        due = start + seconds
+        await asyncio.sleep(due - time.perf_counter())
+        return Served(due, await send(request))  # a client that is late itself counts, too
 
     return await asyncio.gather(*map(at, times, requests))
 

@@ -98,11 +98,14 @@ class Measurement:
 def decode_ms(rows: Sequence[Sequence[float]]) -> float:
     """The mean step of DECODE_STEPS, given when each row got each of its tokens, in seconds.
 
-    From when every row has its first token until every row has DECODE_STEPS more than it had then.
+    From when every row has its first token until every row has DECODE_STEPS more than it had then. Raises ValueError
+    when a row ends earlier: the batch was not full all the time.
     """
     start = max(row[0] for row in rows)
     ends = []
     for row in rows:
         before = sum(arrival <= start for arrival in row)
-        ends.append(row[min(before + DECODE_STEPS, len(row)) - 1])
+        if before + DECODE_STEPS > len(row):
+            raise ValueError(f"a row had {before} of its {len(row)} tokens when the last one began")
+        ends.append(row[before + DECODE_STEPS - 1])
     return (max(ends) - start) / DECODE_STEPS * 1e3

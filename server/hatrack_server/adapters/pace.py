@@ -23,7 +23,7 @@ class Paced(TorchFunctionMode):
     def __init__(self, beside_steps: Callable[[], bool]) -> None:
         super().__init__()
         self._beside_steps = beside_steps
-        self._rested = time.thread_time()  # the thread's own time when the last pause ended
+        self._rested = time.thread_time()  # the thread's own time when it last paused, or no step ran
 
     def __torch_function__(
         self,
@@ -35,8 +35,13 @@ class Paced(TorchFunctionMode):
         """Runs the operation, then pauses if the burst has lasted long enough."""
         result = func(*args, **(kwargs or {}))
         if self._beside_steps():
-            worked = time.thread_time() - self._rested
-            if worked >= BURST_SECONDS:
-                time.sleep(PAUSE * worked)
-                self._rested = time.thread_time()
+            self._pause()
+        else:
+            self._rested = time.thread_time()
         return result
+
+    def _pause(self) -> None:
+        worked = time.thread_time() - self._rested
+        if worked >= BURST_SECONDS:
+            time.sleep(PAUSE * worked)
+            self._rested = time.thread_time()

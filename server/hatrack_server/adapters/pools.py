@@ -148,11 +148,20 @@ class Pools:
         return self.budget - sum(pool.taken * pool.row_bytes for pool in self._pools.values())
 
     def place(self, pieces: Pieces) -> Places:
-        """Copies the pieces into free rows, growing the pools that have none."""
+        """Copies the pieces into free rows, growing the pools that have none; if that fails, no row stays taken."""
         # As many rows as programs like this one fit into the budget: most pools never get more.
         reserve = self.budget // max(1, self.size(pieces))
         self._grow([pool for pool in self._of_all(pieces) if pool.full], reserve)
-        return tuple(self._place(module, piece) for module, piece in pieces)
+        places: list[Place] = []
+        try:
+            for module, piece in pieces:
+                pool = self._of(module, piece)
+                places.append(Place(pool, pool.take()))
+                pool.write(places[-1].row, piece.tensors)
+        except BaseException:
+            self.free(places)
+            raise
+        return tuple(places)
 
     def read(self, places: Places) -> Pieces:
         """The pieces that lie there, padded as they are: no copies, and only valid while the places are taken."""
@@ -183,12 +192,6 @@ class Pools:
             self._pools[key] = Pool(len(self._pools), module, piece, dtype, self._device, lazy=self._lazy)
         return self._pools[key]
 
-    def _place(self, module: str, piece: Piece) -> Place:
-        pool = self._of(module, piece)
-        place = Place(pool, pool.take())
-        pool.write(place.row, piece.tensors)
-        return place
-
     def _grow(self, full: list[Pool], reserve: int) -> None:
         """Makes a free row in each: half as many again where growing copies and the budget allows it, else one.
 
@@ -198,9 +201,11 @@ class Pools:
         generous = (
             self.bytes + sum(pool.row_bytes * rows for pool, rows in zip(full, wanted, strict=True)) <= self.budget
         )
-        for pool, rows in zip(full, wanted, strict=True):
-            pool.grow(rows if generous else 1, reserve)
-        self._count_bytes()
+        try:
+            for pool, rows in zip(full, wanted, strict=True):
+                pool.grow(rows if generous else 1, reserve)
+        finally:  # those that grew before one that found no memory take theirs
+            self._count_bytes()
 
     def _count_bytes(self) -> None:
         self.bytes = sum(pool.capacity * pool.row_bytes for pool in self._pools.values())

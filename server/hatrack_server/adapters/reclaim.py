@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from threading import Condition
 
 from hatrack_server.adapters.host_tier import HostTier
-from hatrack_server.adapters.pools import Pools
+from hatrack_server.adapters.pools import Places, Pools
 from hatrack_server.adapters.residents import Residents
+
+logger = logging.getLogger(__name__)
 
 
 class Reclaim:
@@ -26,7 +29,7 @@ class Reclaim:
             evicted, forgotten = self._residents.take_evicted()
         for digest, slot in evicted:
             if not slot.forgotten:
-                self._host.put(digest, self._pools.read(slot.places))
+                self._copy_to_host(digest, slot.places)
             self._pools.free(slot.places)
         for digest in forgotten:
             self._host.drop(digest)
@@ -40,6 +43,12 @@ class Reclaim:
             self._move_down(digest)
         self.evicted()
         return self._pools.trim()
+
+    def _copy_to_host(self, digest: str, places: Places) -> None:
+        try:
+            self._host.put(digest, self._pools.read(places))
+        except Exception:  # else no row would be freed any more; the program comes from disk next time
+            logger.exception("copying %s to the host failed", digest)
 
     def _move_down(self, digest: str) -> None:
         """Puts an idle program into lower rows; steps that begin meanwhile read it where it is."""

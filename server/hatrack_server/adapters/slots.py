@@ -7,7 +7,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from threadpoolctl import threadpool_limits
@@ -174,7 +173,7 @@ class ProgramSlots:
     def _run(self) -> None:
         # A team of threads of its own would take the cores from the step's: with more threads than cores, OpenMP puts
         # them to sleep between any two operations, and a step takes twice its time, also when nothing is loaded.
-        with threadpool_limits(1, user_api="openmp"):
+        with threadpool_limits(1, user_api="openmp"), Paced(lambda: self.beside_steps):
             self._load_wanted()
 
     def _load_wanted(self) -> None:
@@ -184,19 +183,15 @@ class ProgramSlots:
                 if self._closed:
                     return
                 artifact = next(iter(self._wanted.values()), None)
-            if artifact is None:
-                self._reclaim.evicted()
-            else:
+            self._reclaim.evicted()  # before a load: it must not find the copy of what was forgotten
+            if artifact is not None:
                 self._load(artifact, self._make_room)
 
     def _load(self, artifact: Artifact, make_room: MakeRoom) -> None:
         """Makes the program resident and says so, or why not; nothing when it is given up."""
         start = time.monotonic()
-        # Each of its operations costs: not where nobody needs the cores.
-        pace = Paced(lambda: self.beside_steps) if self.beside_steps else nullcontext()
         try:
-            with pace:
-                error = self._make_resident(artifact, make_room)
+            error = self._make_resident(artifact, make_room)
         except _Abandoned:
             return
         with self._changed:
@@ -289,6 +284,7 @@ class ProgramSlots:
         if passing is None:
             return 0
         tried.add(passing.digest)
+        self._reclaim.evicted()  # as before any load
         before = self._pools.spare
         self._load(passing, lambda _, pieces: self._refuse_beyond(spare, pieces))
         return before - self._pools.spare

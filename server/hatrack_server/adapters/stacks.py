@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -36,14 +37,14 @@ class ReservedRows:
         self.rows: Tensor = torch.empty(0, *shape, dtype=dtype)
 
     def grow(self, kept: int, capacity: int, reserve: int) -> None:
-        """See Rows; raises OSError when there is no room for so many addresses."""
+        """See Rows; raises OSError when there is no room for `capacity` rows."""
         if capacity <= len(self.rows):
             return
-        rows = max(capacity, reserve, 2 * kept)
-        memory = mmap.mmap(-1, rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else hundreds of stacks would each take megabytes with their first row
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-        wider = torch.frombuffer(memory, dtype=self.rows.dtype).view(rows, *self.rows.shape[1:])
+        try:
+            memory = self._reserve(max(capacity, reserve, 2 * kept))
+        except OSError:  # a machine may limit the addresses: then every growth copies
+            memory = self._reserve(capacity)
+        wider = torch.frombuffer(memory, dtype=self.rows.dtype).view(-1, *self.rows.shape[1:])
         wider[:kept] = self.rows[:kept]
         self._memory, self.rows = memory, wider
 
@@ -53,6 +54,13 @@ class ReservedRows:
         start += -start % mmap.PAGESIZE
         if self._memory is not None and start < len(self._memory):
             self._memory.madvise(mmap.MADV_DONTNEED, start)
+
+    def _reserve(self, rows: int) -> mmap.mmap:
+        memory = mmap.mmap(-1, rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else hundreds of stacks would each take megabytes with their first row
+            with suppress(OSError):  # a kernel that has no huge pages doesn't know the advice
+                memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return memory
 
 
 class DenseRows:

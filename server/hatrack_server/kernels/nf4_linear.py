@@ -57,7 +57,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x[…, in] to […, out], in the dtype of x."""
-        y = self._product(x.bfloat16().reshape(-1, self.in_features)).to(x.dtype).view(*x.shape[:-1], -1)
+        y = self._product(x.bfloat16().reshape(-1, self.in_features).contiguous())
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y.add_(self.bias)
 
     def _product(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from hatrack_server.config import EngineConfig
 from hatrack_server.errors import StartupError
+from hatrack_server.kernels.native import native
 from hatrack_server.kernels.nf4_linear import nf4_tensors
 from hatrack_server.model.attention import NAME, PAGED, PagedKV, StepCache
 from hatrack_server.model.batch import Batch
@@ -33,6 +34,8 @@ class PagedModel:
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] = lambda *_: None) -> None:
         """Loads and checks the base; raises StartupError when it can't be served right."""
         self.device = torch.device(_device(config.device))
+        if self.device.type == "cpu":
+            native()  # compiled now, not in the first step
         refuse_unservable(read_config(config.model))
         progress("loading weights", 0.0)
         self._model = load_base(

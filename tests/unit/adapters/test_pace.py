@@ -40,3 +40,12 @@ def test_operations_give_what_they_give() -> None:
     with Paced(lambda: True):
         total = torch.arange(4).view(2, 2).sum(dim=1).tolist()
     assert total == [1, 5]
+
+
+def test_what_was_done_while_no_step_ran_is_not_paused_for(pauses: list[float]) -> None:
+    steps: list[str] = []
+    with Paced(lambda: bool(steps)):
+        worked = work(3000)
+        steps.append("one")
+        work(1)
+    assert sum(pauses) < PAUSE * worked / 2

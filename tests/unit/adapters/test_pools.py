@@ -181,3 +181,22 @@ def test_token_ids_keep_their_type() -> None:
     assert (tokens.dtype, tokens[0].tolist()) == (torch.int64, [3, 2**24 + 1])
     assert place.pool.row_bytes == 2 * 8 + 2 * 4 * 4
     assert rows.dtype is torch.float32
+
+
+def test_a_write_that_fails_leaves_no_row_taken() -> None:
+    all_pools = pools(10**6)
+    wrong_type = LowRank(torch.ones(4, 3, device="meta"), torch.ones(4, 5, device="meta"))  # has nothing to copy
+    for _ in range(3):
+        with pytest.raises(NotImplementedError):
+            all_pools.place(at("up", piece(4, 1.0)) + at("down", wrong_type))
+    assert all_pools.spare == all_pools.budget
+    assert all_pools.trim()
+    assert all_pools.bytes == 0
+
+
+def test_pools_that_grew_before_one_that_could_not_are_counted() -> None:
+    all_pools = pools(10**6)
+    endless = LowRank(torch.ones(1, 1).expand(1, 2**60), torch.ones(1, 5))
+    with pytest.raises(RuntimeError):
+        all_pools.place(at("up", piece(4, 1.0)) + at("down", endless))
+    assert all_pools.bytes == 4 * BYTES_OF_RANK * 4

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hatrack_server.adapters import pace
 from hatrack_server.adapters.host_tier import HostTier
 from hatrack_server.adapters.pieces import LowRank, Pieces
 from hatrack_server.adapters.pools import Places, Pools
@@ -104,6 +105,8 @@ class Rack:
                 raise OSError("/secret/path")
             case "empty":
                 return ()
+            case "step":  # one begins meanwhile
+                self.slots.beside_steps = True
         rank = int(kind[1:]) if kind[0] == "r" and kind[1:].isdigit() else 1
         self.values[wanted.digest] = float(len(self.compiled))
         return self._pieces(rank, self.values[wanted.digest])
@@ -611,3 +614,80 @@ def test_compaction_holds_nobody_up(meanwhile: str) -> None:
     finally:
         pools.go_on.set()
         slots.close()
+
+
+def test_copies_that_fail_cost_no_row_and_keep_no_program_out(
+    rack: MakeRack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_: HostTier, digest: str, __: Pieces) -> None:
+        raise OSError(digest)
+
+    monkeypatch.setattr(HostTier, "put", full)
+    r = rack(2)
+    r.load("a", "b", "r2-x", "c", "d")
+    assert r.resident("c", "d") == ["c", "d"]
+    assert [record.levelname for record in caplog.records].count("ERROR") == 3  # of "a", "b" and "r2-x"
+
+
+def test_what_was_forgotten_and_asked_for_again_is_compiled_again(rack: MakeRack) -> None:
+    r = rack(1, on_host=2)
+    r.load("a", "b")
+    r.gate.clear()
+    r.request("empty-1")  # so that both come while the thread is busy
+    r.slots.forget("a")
+    r.preload("a")
+    r.gate.set()
+    assert [r.loaded().artifact.digest for _ in "12"] == ["empty-1", "a"]
+    assert r.compiled.count("a") == 2
+    assert "a" not in r.host
+
+
+def test_what_was_forgotten_is_compiled_again_when_it_passes(rack: MakeRack) -> None:
+    r = rack(2, on_host=2)
+    r.load("a", "b", "c")
+    assert r.slots.acquire("c")
+    r.request("r2-large")
+    assert r.waits()
+    r.slots.forget("a")
+    r.request("a")
+    assert r.loaded().artifact.digest == "a"
+    assert r.compiled.count("a") == 2
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """One for each operation beside steps."""
+    taken: list[float] = []
+    monkeypatch.setattr(pace, "BURST_SECONDS", 0.0)
+    monkeypatch.setattr(time, "sleep", taken.append)
+    return taken
+
+
+def test_a_load_leaves_the_cores_to_steps_that_begin_after_it(rack: MakeRack, pauses: list[float]) -> None:
+    r = rack(2)
+    r.load("a")
+    assert not pauses
+    r.load("step-1")
+    assert pauses
+
+
+def test_one_that_passes_pauses_no_more_often(
+    rack: MakeRack, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, counts = Rack._pieces, []
+
+    def counted(self: Rack, rank: int, value: float) -> Pieces:
+        before = len(pauses)
+        pieces = compiled(self, rank, value)
+        counts.append(len(pauses) - before)
+        return pieces
+
+    monkeypatch.setattr(Rack, "_pieces", counted)
+    r = rack(2)
+    r.slots.beside_steps = True
+    r.load("a")
+    assert r.slots.acquire("a")
+    r.request("r2-large", "b")
+    assert r.loaded().artifact.digest == "b"
+    alone, _, passing = counts
+    assert 0 < alone == passing

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import mmap
 from pathlib import Path
 
@@ -59,3 +60,23 @@ def test_a_page_that_a_kept_row_shares_stays() -> None:
     stack.trim(7)
     assert stack.rows[:7].unique().tolist() == [1.0]
     assert stack.rows[-1].tolist() == [0.0] * 3
+
+
+class PlainMemory(mmap.mmap):
+    """As a kernel without transparent huge pages gives it."""
+
+    def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_huge_pages_need_not_be_known_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "mmap", PlainMemory)
+    assert len(rows(8).rows) == 8
+
+
+def test_more_addresses_than_there_are_make_no_row_fail() -> None:
+    stack = rows(2**40)
+    stack.rows[0] = 1.0
+    stack.grow(1, 2, 2**40)
+    assert stack.rows.shape == (2, KILOBYTES, 256)
+    assert stack.rows[0].unique().tolist() == [1.0]

@@ -100,23 +100,35 @@ def test_a_step_of_decodes_and_prompts_in_bfloat16(lengths: tuple[int, ...]) -> 
     torch.testing.assert_close(y.float(), wanted, rtol=2**-7, atol=5e-2)
 
 
-def test_is_compiled_once_for_a_machine(library: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = module._compiled()
-    assert path.is_relative_to(tmp_path)
-    made = path.stat().st_mtime_ns
-    assert module._compiled() == path
-    assert path.stat().st_mtime_ns == made
-    assert list(path.parent.iterdir()) == [path]
-    assert isinstance(Native(path), Native)
+def test_operands_that_dont_fit_are_refused(library: Native) -> None:
+    a, b, x, y = halves(2, 8, 24), halves(2, 8, 40), halves(3, 24), halves(3, 40)
+    rows = torch.zeros(3, dtype=torch.int32)
+    for wrong in (
+        (y, x[:, :20], a, b, rows),
+        (y[:, :39], x, a, b, rows),
+        (y, x, a, b, rows[:2]),
+        (y, x, a, b[:1], rows),
+        (y, x.T.contiguous().T, a, b, rows),
+        (y, x, halves(2, 8, 48)[:, :, ::2], b, rows),
+    ):
+        with pytest.raises(ValueError, match="fit"):
+            library.add_low_rank(*wrong)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_callers_go_on_without(
-    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "COMPILER", compiler)
     with caplog.at_level(logging.WARNING):
         assert module.native.__wrapped__() is None
     assert "no C kernels" in caplog.text
+
+
+def test_what_the_compiler_says_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "kernel.c").write_text("#error not this one\n")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    assert module.native.__wrapped__() is None
+    assert "not this one" in caplog.text

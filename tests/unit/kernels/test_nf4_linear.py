@@ -130,6 +130,8 @@ def test_leading_dimensions_are_kept() -> None:
     torch.testing.assert_close(nf4_linear(x.view(1, 6, 128), layer)[0], nf4_linear(x, layer))
     packed = pack(layer, Workspace())
     torch.testing.assert_close(nf4_linear(x.view(1, 6, 128), packed)[0], nf4_linear(x, packed))
+    torch.testing.assert_close(nf4_linear(x.T.contiguous().T, packed), nf4_linear(x, packed))
+    assert nf4_linear(x[:0], packed).shape == (0, 64)
 
 
 @pytest.mark.parametrize("packed", [False, True])

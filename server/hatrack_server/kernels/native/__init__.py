@@ -1,16 +1,13 @@
-"""Kernels in C for the CPU, compiled for this very machine when they are first asked for.
+"""Kernels in C for the CPU, compiled for this very machine whenever a process begins: it takes less than a second.
 
-Where there is no C compiler that knows OpenMP, or none of its code can be kept, callers go on without.
+Where there is no C compiler that knows OpenMP and GCC's vectors, callers go on without.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
 import subprocess
 import tempfile
 from pathlib import Path
@@ -34,7 +31,8 @@ _SIGNATURES = {
 
 
 class Native:
-    """The compiled library. Its functions trust their arguments; all run on torch's threads, without the GIL.
+    """The compiled library. Its functions run on torch's threads, without the GIL, and raise ValueError for operands of
+    other shapes or layouts than they say.
 
     has_tiles: whether `nf4_product` can be used, for which the processor must have AMX.
     """
@@ -55,18 +53,19 @@ class Native:
 
         a[R, r, in] and b[R, r, out] are contiguous, and so is each token of y and x, which may be the same tensor.
         """
-        assert y.stride(1) == x.stride(1) == 1
-        _, rank, width = a.shape
-        v = torch.empty(len(rows) * rank)
+        tokens, (_, rank, width) = len(rows), a.shape
+        _require(x.shape == (tokens, width) and y.shape == (tokens, b.shape[2]) and b.shape[:2] == a.shape[:2])
+        _require(y.stride(1) == x.stride(1) == 1 and a.is_contiguous() and b.is_contiguous())
+        v = torch.empty(tokens * rank, dtype=torch.float32)
         self._add_low_rank(
             y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), a.data_ptr(), b.data_ptr(), rows.data_ptr(),
-            len(rows), rank, width, b.shape[2], v.data_ptr(),
+            tokens, rank, width, b.shape[2], v.data_ptr(),
         )  # fmt: skip
 
     def nf4_product(self, x: Tensor, packed: Tensor, scales: Tensor, code: Tensor) -> Tensor:
         """x[T, k] times the weight: bfloat16 [T, n], given x in bfloat16, and the weight as `unpack_nf4` takes it."""
-        assert x.stride(1) == 1
         (tokens, k), n = x.shape, packed.shape[0]
+        _require(x.stride(1) == 1 and packed.shape[1] * 2 == k)
         y = torch.empty(tokens, n, dtype=torch.bfloat16)
         self._nf4_product(
             x.data_ptr(), x.stride(0), packed.data_ptr(), scales.data_ptr(), code.data_ptr(), y.data_ptr(), tokens, n, k
@@ -75,44 +74,32 @@ class Native:
 
     def unpack_nf4(self, packed: Tensor, scales: Tensor, code: Tensor, out: Tensor) -> None:
         """Overwrites out[n, k], bfloat16, with packed[n, k/2] uint8, scales[k/64, n] bfloat16 and code[16] float32."""
+        _require(out.is_contiguous() and out.shape == (packed.shape[0], packed.shape[1] * 2))
         self._unpack_nf4(packed.data_ptr(), scales.data_ptr(), code.data_ptr(), out.data_ptr(), *out.shape)
 
 
 @functools.cache
 def native() -> Native | None:
-    """The library, compiled unless an earlier process has; None where that can't be done."""
+    """The library, compiled when a process first asks; None where that can't be done."""
+    # In a folder of this process alone: what lies in a cache might be another's, or cut short by a crash.
     try:
-        return Native(_compiled())
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("no C kernels: steps take longer on the CPU (%s)", error)
-        return None
+        with tempfile.TemporaryDirectory(prefix="hatrack-") as folder:
+            return Native(_compiled(Path(folder)))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    except subprocess.CalledProcessError as error:
+        reason = next(iter(error.stderr.decode(errors="replace").splitlines()), str(error))
+    logger.warning("no C kernels, so steps take longer on the CPU: %s", reason)
+    return None
 
 
-def _compiled() -> Path:
-    """Where the library lies, for these sources, this compiler and this processor."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hatrack"
-    path = cache / f"kernels-{_fingerprint()}.so"
-    if not path.exists():
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder, path.name)
-            command: list[str | Path] = [COMPILER, *FLAGS, *sorted(HERE.glob("*.c")), "-o", made]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)  # noqa: S603
-            made.replace(path)  # at once: another process may be looking
-    return path
+def _compiled(folder: Path) -> Path:
+    library = folder / "kernels.so"
+    command: list[str | Path] = [COMPILER, *FLAGS, *sorted(HERE.glob("*.c")), "-o", library]
+    subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)  # noqa: S603
+    return library
 
 
-def _fingerprint() -> str:
-    version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True, timeout=COMPILE_SECONDS).stdout  # noqa: S603
-    sources = [file.read_bytes() for file in sorted(HERE.glob("*.[ch]"))]
-    parts = [version, " ".join(FLAGS).encode(), _processor(), *sources]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _processor() -> bytes:
-    """What tells processors with different instructions apart, where a home folder is shared."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "").encode()
+def _require(fits: bool) -> None:
+    if not fits:
+        raise ValueError("operands of a C kernel don't fit together")
