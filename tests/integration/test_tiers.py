@@ -12,9 +12,8 @@ from inprocess import GREEDY, InProcess, artifact_at, tokens
 from oracle import Oracle, make_adapter
 
 from hatrack_server.config import EngineConfig
-from hatrack_server.engine.worker import with_tiers
 from hatrack_server.model.paged import PagedModel
-from hatrack_server.types import Artifact, EngineStats, Generation
+from hatrack_server.types import Artifact, Generation
 
 PROMPT = list(range(40, 60))
 
@@ -48,7 +47,7 @@ def test_an_evicted_program_comes_back_though_its_files_are_gone(engine: InProce
     assert answer(engine, second) != before
     shutil.rmtree(adapters[0])
     assert answer(engine, first) == before
-    stats = with_tiers(EngineStats(), engine.engine.slots)
+    stats = engine.engine.stats(stepped=False)
     assert (stats.disk_loads, stats.host_loads, stats.reloads) == (2, 1, 1)
     assert stats.host_bytes > 0
     assert stats.working_set_bytes > stats.adapter_budget_bytes == 20_000

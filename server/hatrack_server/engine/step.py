@@ -98,6 +98,12 @@ class Engine:
             completion_tokens=self._completion_tokens,
             preemptions=self.scheduler.preemptions,
             evictions=self.slots.evictions,
+            host_bytes=self.slots.host_bytes,
+            disk_loads=self.slots.disk_loads,
+            host_loads=self.slots.host_loads,
+            reloads=self.slots.reloads,
+            working_set_bytes=self.slots.working_set_bytes,
+            adapter_budget_bytes=self.slots.budget_bytes,
             adapters_per_step=(self._last_adapters,) if stepped else (),
         )
 

@@ -38,7 +38,7 @@ from hatrack_server.errors import StartupError
 from hatrack_server.logs import configure_logging
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.paged import PagedModel
-from hatrack_server.types import BaseInfo, Delta, EngineStats
+from hatrack_server.types import BaseInfo, Delta
 
 Inbox = queue.SimpleQueue[ToWorker | Load]
 
@@ -104,19 +104,6 @@ def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:
     )
 
 
-def with_tiers(stats: EngineStats, slots: ProgramSlots) -> EngineStats:
-    """The snapshot with what moved between disk, host and device."""
-    return replace(
-        stats,
-        host_bytes=slots.host_bytes,
-        disk_loads=slots.disk_loads,
-        host_loads=slots.host_loads,
-        reloads=slots.reloads,
-        working_set_bytes=slots.working_set_bytes,
-        adapter_budget_bytes=slots.budget_bytes,
-    )
-
-
 class Worker:
     """The engine with its mail: whatever other threads have for it comes through the inbox."""
 
@@ -165,7 +152,7 @@ class Worker:
             self._engine.slots.beside_steps = self._on_cpu and bool(self._engine.scheduler.running)
             if heard or stepped or deltas:  # silence tells the front process that nothing gets on
                 stats = replace(self._engine.stats(stepped=stepped), adapter_loads=tuple(loads))
-                self._outbox.put(Stepped(tuple(deltas), with_tiers(stats, self._engine.slots)))
+                self._outbox.put(Stepped(tuple(deltas), stats))
 
     def _mail(self, *, stepped: bool) -> Iterator[ToWorker | Load]:
         """What has come; waits for it unless the last step had work, which then the next one has too."""

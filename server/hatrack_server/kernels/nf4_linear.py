@@ -15,7 +15,7 @@ PACKED_ROWS = 32  # bitsandbytes' packed CPU kernel crashes unless out_features 
 BLOCK = 64  # inputs to a scale, as the C kernels take them
 
 # Without AMX, tokens up to which bitsandbytes' product, which unpacks the codes for every few of them, takes less time
-# than unpacking all of them into memory once.
+# than unpacking all of them into memory once. Reckoned from the speed of both, not measured on such a processor.
 FEW = 24
 
 

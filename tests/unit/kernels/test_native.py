@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hatrack_server.kernels import native as module
 from hatrack_server.kernels.low_rank import add_low_rank, add_low_rank_reference
-from hatrack_server.kernels.native import Native, native
+from hatrack_server.kernels.native import Native
 from hatrack_server.kernels.runs import Run, merge_runs
 
 ROWS = 9
@@ -22,14 +22,6 @@ SKEWS = {
     "single": [8],
     "none": [],
 }
-
-
-@pytest.fixture
-def library() -> Native:
-    found = native()
-    if found is None:
-        pytest.skip("no C compiler with OpenMP")
-    return found
 
 
 def halves(*shape: int, seed: int = 0) -> Tensor:

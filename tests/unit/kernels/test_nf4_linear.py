@@ -7,7 +7,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from hatrack_server.kernels import nf4_linear as module
-from hatrack_server.kernels.native import Native, native
+from hatrack_server.kernels.native import Native
 from hatrack_server.kernels.nf4_linear import (
     PackedLinear,
     Workspace,
@@ -72,14 +72,6 @@ def packed_layer() -> PackedLinear:
     if not isinstance(layer, PackedLinear):
         pytest.skip("no packed layout on this machine")
     return layer
-
-
-@pytest.fixture
-def library() -> Native:
-    found = native()
-    if found is None:
-        pytest.skip("no C compiler with OpenMP")
-    return found
 
 
 def by_bitsandbytes(x: Tensor, layer: PackedLinear) -> Tensor:
