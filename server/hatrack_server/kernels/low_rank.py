@@ -9,7 +9,10 @@ from hatrack_server.kernels.native import native
 from hatrack_server.kernels.runs import Run, each_token
 
 COPIED_RANK = 16  # up to here, rows that don't lie side by side are copied into one product
-FEW_TOKENS = 8  # of each adapter: up to here, reading the adapters takes longer than the arithmetic
+
+# Tokens of each adapter times ranks up to which the C kernel takes less time than batched products, which do more
+# arithmetic in a second, and want rows that lie side by side or a copy of them.
+IN_PLACE, COPIED = 256, 1024
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
@@ -23,11 +26,11 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) ->
 
         add_low_rank_cuda(y, x, a, b, runs)
         return
-    library = native() if all(tensor.dtype is torch.bfloat16 for tensor in (y, x, a, b)) else None
+    library = native() if y.dtype is x.dtype is a.dtype is torch.bfloat16 else None
     for run in runs:
-        if library is not None and run.length <= FEW_TOKENS:
-            part = slice(run.start, run.stop)
-            library.add_low_rank(y[part], x[part], a, b, run.token_rows)
+        few = IN_PLACE if isinstance(run.index, slice) else COPIED
+        if library is not None and run.length * a.shape[1] <= few:
+            library.add_low_rank(y, x, a, b, run.row_numbers, start=run.start, length=run.length)
         else:
             _add_products(y, x, a, b, run)
 

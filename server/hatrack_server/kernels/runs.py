@@ -36,9 +36,9 @@ class Run:
         return slice(first, first + count) if adjacent else torch.tensor(self.rows)
 
     @cached_property
-    def token_rows(self) -> Tensor:
-        """The row of each token, on the CPU: int32 [tokens]."""
-        return torch.tensor(self.rows, dtype=torch.int32).repeat_interleave(self.length)
+    def row_numbers(self) -> Tensor:
+        """The rows as a C kernel takes them: int32 [rows], on the CPU."""
+        return torch.tensor(self.rows, dtype=torch.int32)
 
     @property
     def stop(self) -> int:

@@ -43,6 +43,19 @@ def test_low_rank_equals_its_reference(library: Native, skew: str, rank: int, wi
     torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-4 * width)  # one rounding of the sum
 
 
+@pytest.mark.parametrize("length", [2, 4, 7])
+@pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (6, 77, 300)])
+def test_low_rank_of_several_tokens_to_a_row(library: Native, rank: int, width: int, out: int, length: int) -> None:
+    rows = [4, 0, 7]
+    a, b = halves(ROWS, rank, width), halves(ROWS, rank, out, seed=1)
+    x, y = halves(2 + len(rows) * length, width, seed=2), halves(3 + len(rows) * length, out, seed=3)[1:]
+    wanted = y.float()
+    runs = [Run(1, length, tuple(rows))]
+    add_low_rank_reference(wanted, x.float(), a.float(), b.float(), runs)
+    library.add_low_rank(y, x, a, b, runs[0].row_numbers, start=1, length=length)
+    torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-4 * width)
+
+
 def test_low_rank_on_its_own_output(library: Native) -> None:
     a, b, y = halves(2, 8, 40), halves(2, 8, 40, seed=1), halves(3, 40, seed=2)
     other = y.clone()
@@ -53,13 +66,13 @@ def test_low_rank_on_its_own_output(library: Native) -> None:
 
 
 def test_low_rank_between_other_tokens(library: Native) -> None:
-    """Tokens of wider tensors, as slices of a step's are."""
+    """Tokens of wider tensors, and from the second on."""
     a, b, x, y = halves(2, 8, 24), halves(2, 8, 24, seed=1), halves(5, 48, seed=2), halves(5, 48, seed=3)
     wanted = y[1:3, :24].clone()
     before = y.clone()
     rows = torch.tensor([1, 0], dtype=torch.int32)
     library.add_low_rank(wanted, x[1:3, :24].contiguous(), a, b, rows)
-    library.add_low_rank(y[1:3, :24], x[1:3, :24], a, b, rows)
+    library.add_low_rank(y[:, :24], x[:, :24], a, b, rows, start=1)
     assert torch.equal(y[1:3, :24], wanted)
     y[1:3, :24] = before[1:3, :24]
     assert torch.equal(y, before)
@@ -77,7 +90,7 @@ def test_a_bad_adapter_stays_with_its_tokens(library: Native, value: float) -> N
     assert torch.equal(found[[0, 2]], wanted[[0, 2]])
 
 
-@pytest.mark.parametrize("lengths", [(1,), (8,), (9,), (1, 30, 2)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (16,), (17,), (65,), (1, 70, 2)], ids=str)
 def test_a_step_of_decodes_and_prompts_in_bfloat16(lengths: tuple[int, ...]) -> None:
     """Runs of few tokens and of many, which take different ways."""
     a, b = halves(ROWS, 16, 64) / 8, halves(ROWS, 16, 96, seed=1) / 8
@@ -98,13 +111,16 @@ def test_operands_that_dont_fit_are_refused(library: Native) -> None:
     for wrong in (
         (y, x[:, :20], a, b, rows),
         (y[:, :39], x, a, b, rows),
-        (y, x, a, b, rows[:2]),
+        (y, x, a, b, torch.cat([rows, rows])),
         (y, x, a, b[:1], rows),
         (y, x.T.contiguous().T, a, b, rows),
         (y, x, halves(2, 8, 48)[:, :, ::2], b, rows),
     ):
         with pytest.raises(ValueError, match="fit"):
             library.add_low_rank(*wrong)
+    for start, length in ((-1, 1), (1, 1), (0, 2)):
+        with pytest.raises(ValueError, match="fit"):
+            library.add_low_rank(y, x, a, b, rows, start=start, length=length)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 COMPILER = "cc"
-FLAGS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 60
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
-    "add_low_rank": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 4, _POINTER],
+    "add_low_rank": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 6, _POINTER],
     "nf4_product": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 3],
     "unpack_nf4": [*[_POINTER] * 4, *[_INT] * 2],
 }
@@ -48,18 +48,22 @@ class Native:
         self._nf4_product = library.nf4_product
         self._unpack_nf4 = library.unpack_nf4
 
-    def add_low_rank(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> None:
-        """y[T, out] += (x[T, in] a[rows[t]]ᵀ) b[rows[t]] in place: bfloat16, rows int32 [T].
+    def add_low_rank(
+        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, *, start: int = 0, length: int = 1
+    ) -> None:
+        """y[t, out] += (x[t, in] a[row]ᵀ) b[row] in place, for `length` tokens of each of rows[n], from `start` on.
 
-        a[R, r, in] and b[R, r, out] are contiguous, and so is each token of y and x, which may be the same tensor.
+        bfloat16, rows int32. a[R, r, in] and b[R, r, out] are contiguous, and so is each token of y[T, out] and
+        x[T, in], which may be the same tensor.
         """
-        tokens, (_, rank, width) = len(rows), a.shape
-        _require(x.shape == (tokens, width) and y.shape == (tokens, b.shape[2]) and b.shape[:2] == a.shape[:2])
-        _require(y.stride(1) == x.stride(1) == 1 and a.is_contiguous() and b.is_contiguous())
-        v = torch.empty(tokens * rank, dtype=torch.float32)
+        (tokens, width), (_, rank, out), count = x.shape, b.shape, len(rows)
+        _require(y.shape == (tokens, out) and a.shape == (b.shape[0], rank, width))
+        _require(start >= 0 and start + count * length <= tokens and y.stride(1) == x.stride(1) == 1)
+        _require(a.is_contiguous() and b.is_contiguous())
+        v = torch.empty(count * length * rank, dtype=torch.float32)
         self._add_low_rank(
             y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), a.data_ptr(), b.data_ptr(), rows.data_ptr(),
-            tokens, rank, width, b.shape[2], v.data_ptr(),
+            start, count, length, rank, width, out, v.data_ptr(),
         )  # fmt: skip
 
     def nf4_product(self, x: Tensor, packed: Tensor, scales: Tensor, code: Tensor) -> Tensor:

@@ -1,59 +1,117 @@
-// y += (x Aᵀ) B, each token with its own adapter's A and B: at the speed of reading them.
+// y += (x Aᵀ) B, the tokens of each row with its own adapter's A and B: few tokens at the speed of reading them.
 #include "bfloat16.h"
 
-enum { CHUNK = 512 };   // outputs that one thread makes at a time: their sums stay in its nearest cache
-enum { LANES = 32 };    // of a line of memory
-enum { AHEAD = 2048 };  // values to ask for beforehand: processors do so themselves within a page of 4 KiB only
+enum { GROUP = 4 };    // tokens, and ranks, taken together: what is read once serves four, from four places at a time
+enum { CHUNK = 256 };  // outputs that one thread makes at a time: their sums stay in its nearest cache
 
-static float dot(const bfloat16 *a, const bfloat16 *x, int64_t n) {
-    float sums[LANES] = {0}, sum = 0;
+// v[tokens, ranks] = x[tokens, n] a[ranks, n]ᵀ, with at most GROUP of both; constants where this is inlined.
+static inline __attribute__((always_inline)) void shrink(float *v, int64_t v_stride, const bfloat16 *x,
+                                                         int64_t x_stride, const bfloat16 *a, int64_t n,
+                                                         const int tokens, const int ranks) {
+    lanes sums[GROUP][GROUP] = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        __builtin_prefetch(a + i + AHEAD);
-#pragma omp simd
-        for (int lane = 0; lane < LANES; lane++) sums[lane] += widen(a[i + lane]) * widen(x[i + lane]);
+        lanes inputs[GROUP];
+        for (int t = 0; t < tokens; t++) inputs[t] = widen_lanes(x + t * x_stride + i);
+        for (int r = 0; r < ranks; r++) {
+            const lanes weights = widen_lanes(a + r * n + i);
+            for (int t = 0; t < tokens; t++) sums[t][r] += inputs[t] * weights;
+        }
     }
-    for (; i < n; i++) sum += widen(a[i]) * widen(x[i]);
-    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
-    return sum;
+    for (int t = 0; t < tokens; t++) {
+        for (int r = 0; r < ranks; r++) {
+            float sum = 0;
+            for (int lane = 0; lane < LANES; lane++) sum += sums[t][r][lane];
+            for (int64_t j = i; j < n; j++) sum += widen(x[t * x_stride + j]) * widen(a[r * n + j]);
+            v[t * v_stride + r] = sum;
+        }
+    }
 }
 
-// sums[0 … n) += v b[0 … n); `next` is what will be read after b.
-static void add_scaled(float *sums, const bfloat16 *b, const bfloat16 *next, float v, int64_t n) {
+// sums[tokens, 0 … n) += v[tokens, ranks] b[ranks, 0 … n), the rows of b being `stride` apart; as above.
+static inline __attribute__((always_inline)) void add_scaled(float (*sums)[CHUNK], const float *v, int64_t v_stride,
+                                                             const bfloat16 *b, int64_t stride, int64_t n,
+                                                             const int tokens, const int ranks) {
+    lanes factors[GROUP][GROUP] = {0};  // in registers, where a store to `sums` can't change them
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < ranks; r++) factors[t][r] += v[t * v_stride + r];
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        __builtin_prefetch(next + i);
-#pragma omp simd
-        for (int lane = 0; lane < LANES; lane++) sums[i + lane] += v * widen(b[i + lane]);
+        lanes weights[GROUP];
+        for (int r = 0; r < ranks; r++) weights[r] = widen_lanes(b + r * stride + i);
+        for (int t = 0; t < tokens; t++) {
+            lanes sum;
+            memcpy(&sum, sums[t] + i, sizeof sum);
+            for (int r = 0; r < ranks; r++) sum += factors[t][r] * weights[r];
+            memcpy(sums[t] + i, &sum, sizeof sum);
+        }
     }
-    for (; i < n; i++) sums[i] += v * widen(b[i]);
+    for (; i < n; i++)
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < ranks; r++) sums[t][i] += v[t * v_stride + r] * widen(b[r * stride + i]);
 }
 
-// y[0 … n) += Σ v[r] b[r, 0 … n), rounded once; the rows of b are `stride` apart.
-static void expand(bfloat16 *y, const bfloat16 *b, const float *v, int64_t rank, int64_t stride, int64_t n) {
-    float sums[CHUNK] = {0};
-    for (int64_t r = 0; r < rank; r++) add_scaled(sums, b + r * stride, b + (r + 1) * stride, v[r], n);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[i] = narrow(widen(y[i]) + sums[i]);
+// y[tokens, 0 … n) += v[tokens, rank] b[rank, 0 … n), rounded once.
+static inline __attribute__((always_inline)) void expand(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank,
+                                                         const bfloat16 *b, int64_t stride, int64_t n,
+                                                         const int tokens) {
+    float sums[GROUP][CHUNK] __attribute__((aligned(64)));
+    memset(sums, 0, tokens * sizeof *sums);
+    int64_t r = 0;
+    for (; r + GROUP <= rank; r += GROUP) add_scaled(sums, v + r, rank, b + r * stride, stride, n, tokens, GROUP);
+    for (; r < rank; r++) add_scaled(sums, v + r, rank, b + r * stride, stride, n, tokens, 1);
+    for (int t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < n; i++) y[t * y_stride + i] = narrow(widen(y[t * y_stride + i]) + sums[t][i]);
 }
 
-// Token t meets row rows[t] of a[…, rank, in] and b[…, rank, out]. y and x may be the same; v[tokens, rank] is
-// overwritten.
+static void shrink_few(float *v, const bfloat16 *x, int64_t x_stride, const bfloat16 *a, int64_t rank, int64_t n,
+                       int64_t tokens, int64_t ranks) {
+    if (tokens == GROUP && ranks == GROUP) {
+        shrink(v, rank, x, x_stride, a, n, GROUP, GROUP);
+    } else if (ranks == GROUP) {
+        for (int64_t t = 0; t < tokens; t++) shrink(v + t * rank, rank, x + t * x_stride, x_stride, a, n, 1, GROUP);
+    } else {
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t r = 0; r < ranks; r++)
+                shrink(v + t * rank + r, rank, x + t * x_stride, x_stride, a + r * n, n, 1, 1);
+    }
+}
+
+static void expand_few(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank, const bfloat16 *b, int64_t stride,
+                       int64_t n, int64_t tokens) {
+    if (tokens == GROUP)
+        expand(y, y_stride, v, rank, b, stride, n, GROUP);
+    else
+        for (int64_t t = 0; t < tokens; t++) expand(y + t * y_stride, y_stride, v + t * rank, rank, b, stride, n, 1);
+}
+
+static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
+
+// Each of the `count` rows of a[…, rank, in] and b[…, rank, out] meets `length` tokens of y and x, which may be the same,
+// one after the other from `start` on; v[count · length, rank] is overwritten.
 void add_low_rank(bfloat16 *y, int64_t y_stride, const bfloat16 *x, int64_t x_stride, const bfloat16 *a,
-                  const bfloat16 *b, const int32_t *rows, int64_t tokens, int64_t rank, int64_t in, int64_t out,
-                  float *v) {
-    const int64_t chunks = (out + CHUNK - 1) / CHUNK;
+                  const bfloat16 *b, const int32_t *rows, int64_t start, int64_t count, int64_t length, int64_t rank,
+                  int64_t in, int64_t out, float *v) {
+    const int64_t parts = (length + GROUP - 1) / GROUP;
+    const int64_t ranks = (rank + GROUP - 1) / GROUP, chunks = (out + CHUNK - 1) / CHUNK;
+    y += start * y_stride;
+    x += start * x_stride;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < tokens * rank; i++) {
-            const int64_t t = i / rank, row = rows[t] * rank + i % rank;
-            v[i] = dot(a + row * in, x + t * x_stride, in);
+        for (int64_t i = 0; i < count * parts * ranks; i++) {
+            const int64_t row = i / ranks / parts, first = i / ranks % parts * GROUP, r = i % ranks * GROUP;
+            const int64_t token = row * length + first;
+            shrink_few(v + token * rank + r, x + token * x_stride, x_stride, a + (rows[row] * rank + r) * in, rank, in,
+                       least(length - first, GROUP), least(rank - r, GROUP));
         }
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < tokens * chunks; i++) {
-            const int64_t t = i / chunks, first = i % chunks * CHUNK, n = out - first < CHUNK ? out - first : CHUNK;
-            expand(y + t * y_stride + first, b + rows[t] * rank * out + first, v + t * rank, rank, out, n);
+        for (int64_t i = 0; i < count * parts * chunks; i++) {
+            const int64_t row = i / chunks / parts, first = i / chunks % parts * GROUP, output = i % chunks * CHUNK;
+            const int64_t token = row * length + first;
+            expand_few(y + token * y_stride + output, y_stride, v + token * rank, rank,
+                       b + rows[row] * rank * out + output, out, least(out - output, CHUNK),
+                       least(length - first, GROUP));
         }
     }
 }

@@ -40,15 +40,18 @@ static void shape_tiles(int64_t tokens) {
     _tile_loadconfig(&shapes);
 }
 
-static void look_up(Weights weights, const uint8_t *packed, __m512i values) {
-    for (int pair = 0; pair < BLOCK / 2; pair++) {
-        const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(packed + pair * 32)));
-        _mm_prefetch(packed + pair * 32 + AHEAD, _MM_HINT_T0);
-        // A lane's lowest five bits choose: `values` holds every one twice, so what stands above four does not matter.
-        const __m512i low = _mm512_permutexvar_epi16(both, values);
-        const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), values);
-        _mm512_store_si512(weights[pair / PAIRS][0] + pair % PAIRS * 32, low);
-        _mm512_store_si512(weights[pair / PAIRS][1] + pair % PAIRS * 32, high);
+static inline void look_up(Weights weights, const uint8_t *packed, __m512i values) {
+    for (int half = 0; half < 2; half++) {
+#pragma GCC unroll 16
+        for (int pair = 0; pair < PAIRS; pair++, packed += 32) {
+            const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)packed));
+            _mm_prefetch(packed + AHEAD, _MM_HINT_T0);
+            // A lane's lowest five bits choose: `values` holds every one twice, so what stands above four does not matter.
+            const __m512i low = _mm512_permutexvar_epi16(both, values);
+            const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), values);
+            _mm512_store_si512(weights[half][0] + pair * 32, low);
+            _mm512_store_si512(weights[half][1] + pair * 32, high);
+        }
     }
 }
 
@@ -80,10 +83,6 @@ static inline void multiply(float products[CHUNK][GROUP], const bfloat16 *x, int
     }
 }
 
-static inline __m512 widened(const bfloat16 *halves) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)halves)), 16));
-}
-
 static inline void add_scaled(float (*sums)[GROUP], float products[CHUNK][GROUP], __m512 low, __m512 high,
                               int64_t tokens) {
     for (int64_t t = 0; t < tokens; t++) {
@@ -100,7 +99,7 @@ static void sum_up(float (*sums)[GROUP], const bfloat16 *x, int64_t stride, cons
     float products[CHUNK][GROUP] __attribute__((aligned(64)));
     memset(sums, 0, tokens * sizeof *sums);
     for (int64_t input = 0; input < k; input += BLOCK, packed += BLOCK / 2 * 32, scales += n) {
-        const __m512 low = widened(scales), high = widened(scales + OUTPUTS);
+        const __m512 low = widen_lanes(scales), high = widen_lanes(scales + OUTPUTS);
         look_up(weights, packed, values);
         for (int64_t t = 0; t < tokens; t += CHUNK) {
             const int64_t some = tokens - t < CHUNK ? tokens - t : CHUNK;
