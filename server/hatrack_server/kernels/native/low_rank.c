@@ -15,6 +15,7 @@ static inline __attribute__((always_inline)) void shrink(float *v, int64_t v_str
         for (int t = 0; t < tokens; t++) inputs[t] = widen_lanes(x + t * x_stride + i);
         for (int r = 0; r < ranks; r++) {
             const lanes weights = widen_lanes(a + r * n + i);
+            __builtin_prefetch(a + (r + GROUP) * n + i, 0, 2);  // of the next ranks, into the second cache
             for (int t = 0; t < tokens; t++) sums[t][r] += inputs[t] * weights;
         }
     }

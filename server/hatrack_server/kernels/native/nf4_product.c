@@ -15,7 +15,7 @@
 enum { PAIRS = 16, OUTPUTS = 16, TOKENS = 16, ROW_BYTES = 64 };  // of a tile
 enum { BLOCK = 64, GROUP = 32, CHUNK = 2 * TOKENS };             // inputs to a scale; outputs and tokens of four tiles
 enum { MOST = 256 };    // tokens whose sums for a group, and whose inputs, stay in the nearer caches
-enum { AHEAD = 4096 };  // bytes of codes: the processor's own prefetching leaves a third of the bandwidth unused
+enum { AHEAD = 8192 };  // bytes of codes: what the processor asks for by itself leaves much of the bandwidth unused
 enum { ASK_FOR_STATE = 0x1023, TILE_DATA = 18 };  // arch_prctl(2): ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 
 // The layout of the operand of LDTILECFG.
@@ -45,7 +45,7 @@ static inline void look_up(Weights weights, const uint8_t *packed, __m512i value
 #pragma GCC unroll 16
         for (int pair = 0; pair < PAIRS; pair++, packed += 32) {
             const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)packed));
-            _mm_prefetch(packed + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(packed + AHEAD, _MM_HINT_T1);
             // A lane's lowest five bits choose: `values` holds every one twice, so what stands above four does not matter.
             const __m512i low = _mm512_permutexvar_epi16(both, values);
             const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), values);
