@@ -29,10 +29,10 @@ STEPS = TrainSection(max_steps=3, batch_size=4, learning_rate=5e-3)
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    rows = [{"prompt": f"say {i}:", "completion": f" it is {i}"} for i in range(8)]
-    rows[1::2] = [
-        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
-        for row in rows[1::2]
+    pairs = [(f"say {i}:", f"it is {i}") for i in range(8)]
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in pairs
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -66,9 +66,20 @@ def test_trains_and_writes_an_artifact_that_peft_loads(tiny_llama: Path, data: P
     steps: list[tuple[int, int, float]] = []
     out = tmp_path / "deep" / "out"
     result = train(configure(tiny_llama, data, out), on_step=lambda *step: steps.append(step), say=said.append)
-    assert sorted(file.name for file in out.iterdir()) == [*sorted(ARTIFACT_FILES), "manifest.json"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "README.md", *sorted(ARTIFACT_FILES), "manifest.json", "training"
+    ]  # fmt: skip
+    assert sorted(file.name for file in (out / "training").iterdir()) == ["log.jsonl", "loss.png", "loss.svg"]
+    logged = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3]
+    assert logged[-1]["eval_loss"] == result.eval_loss
     assert [step[:2] for step in steps] == [(1, 3), (2, 3), (3, 3)]
-    assert said == ["paged_adamw_32bit needs CUDA: this run uses AdamW in 32 bits, unpaged, on the CPU"]
+    assert said == [
+        f'{data}: 8 rows read as chat, {{"messages": [{{"role", "content"}}, …]}}',
+        f'{data}: 8 rows read as chat, {{"messages": [{{"role", "content"}}, …]}}',
+        f"{data}: its loss says little of new text, for {data} also has 8 rows (lines 1, 2, 3, 4, 5, …)",
+        "paged_adamw_32bit needs CUDA: this run uses AdamW in 32 bits, unpaged, on the CPU",
+    ]
 
     manifest = Manifest.from_json((out / "manifest.json").read_text())
     assert manifest.artifact == result.digest == artifact_digest({n: file_sha256(out / n) for n in ARTIFACT_FILES})
@@ -226,7 +237,7 @@ class TestCommand:
     ) -> None:
         data.write_text('{"prompt": "a"}')
         assert hatrack(["train", "run", str(self.write(tiny_llama, data, tmp_path))]) == 2
-        assert capsys.readouterr().err.strip() == f"hatrack: {data}:1: completion: missing or not text"
+        assert capsys.readouterr().err.strip() == f"{data}:1: completion: missing"
 
     def test_an_absent_model_exits_with_2(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert hatrack(["train", "run", str(self.write(tmp_path / "absent", data, tmp_path))]) == 2

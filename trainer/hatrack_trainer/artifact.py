@@ -1,10 +1,11 @@
-"""Writing what was trained: PEFT's own two files, and Hatrack's manifest beside them."""
+"""Writing what was trained: PEFT's own two files, Hatrack's manifest beside them, and what tells people of the run."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,39 @@ from hatrack.manifest import (
     file_sha256,
 )
 from hatrack_trainer.errors import UsageError
+from hatrack_trainer.log import LogEntry, as_json_lines
+from hatrack_trainer.loss_plot import draw_losses
+from hatrack_trainer.model_card import model_card
+
+RECORD = "training"  # the folder of the log and its plot
 
 
-def check_output_folder(folder: Path) -> None:
-    """Raises UsageError if no artifact can go there: something is there, or the disk refuses. Leaves no trace."""
+def check_output_folder(folder: Path, option: str = "output.dir") -> None:
+    """Raises UsageError, naming the option, if nothing can be written there: something is there, or the disk refuses.
+
+    Leaves no trace.
+    """
     target = folder.resolve()
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UsageError(f"output.dir: {folder} exists already; name a new folder")
+            raise UsageError(f"{option}: {folder} exists already; name a new folder")
         existing = next(parent for parent in target.parents if parent.exists())
         # Only trying tells: permissions say nothing of a disk that is read-only, nor to root.
         tempfile.TemporaryDirectory(dir=existing, prefix=f".{target.name}").cleanup()
     except OSError as error:
-        raise UsageError(f"output.dir: {folder} can't be made: {error.strerror}") from None
+        raise UsageError(f"{option}: {folder} can't be made: {error.strerror}") from None
 
 
 def write_artifact(
-    model: PeftModel, folder: Path, *, base_name: str, base: BaseIdentity, training: dict[str, Any]
+    model: PeftModel,
+    folder: Path,
+    *,
+    base_name: str,
+    base: BaseIdentity,
+    training: dict[str, Any],
+    log: Sequence[LogEntry],
 ) -> str:
-    """Writes the three files to `folder`, all or nothing, and returns the artifact's digest.
+    """Writes everything to `folder`, or nothing, and returns the artifact's digest.
 
     `base_name` is what adapter_config.json will call the base: the name the user gave, not where it was loaded from.
     """
@@ -50,15 +65,22 @@ def write_artifact(
     partial.mkdir(parents=True)
     # PEFT would otherwise ask the hub whether the vocabulary was resized.
     model.save_pretrained(str(partial), save_embedding_layers=False)
-    (partial / "README.md").unlink(missing_ok=True)
     _sort_config(partial / CONFIG_FILE)
     digest = artifact_digest({name: file_sha256(partial / name) for name in ARTIFACT_FILES})
     manifest = Manifest(artifact=digest, base=base, method=config.peft_type.value, training=training)
     (partial / MANIFEST_FILE).write_text(manifest.to_json())
+    (partial / "README.md").write_text(model_card(base_name, manifest))  # in place of PEFT's
+    _write_record(partial / RECORD, log)
     if folder.exists():
         folder.rmdir()  # empty, or it would have been refused
     partial.rename(folder)
     return digest
+
+
+def _write_record(folder: Path, log: Sequence[LogEntry]) -> None:
+    folder.mkdir()
+    (folder / "log.jsonl").write_text(as_json_lines(log))
+    draw_losses(log, folder / "loss")
 
 
 def _sort_config(file: Path) -> None:

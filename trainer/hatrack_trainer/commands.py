@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from hatrack_server.errors import HatrackError
+from hatrack_trainer.data.problems import InvalidData
 from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.progress import progress_bar
 
@@ -46,6 +47,27 @@ def run(config: Annotated[Path, typer.Argument(help="A YAML file; examples/train
         typer.echo(f"{result.folder}: {result.steps} steps, loss {result.loss:.4f}{held_out}, digest {result.digest}")
 
 
+@train.command()
+def validate(
+    source: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="The YAML file of `train run`; with --base, a JSONL file.")
+    ],
+    base: Annotated[str | None, typer.Option(help="The checkpoint that is to learn the JSONL file.")] = None,
+) -> None:
+    """Check the data that CONFIG names: list all that is wrong, or show what would be learned. Needs no weights."""
+    with reporting_errors():
+        from hatrack_trainer.config import DataSection, load_config
+        from hatrack_trainer.data.validate import validate as validate_data
+
+        if base is not None:
+            validate_data(DataSection(train=source), base, Console())
+        elif source.suffix == ".jsonl":
+            raise UsageError(f"{source}: is data; name the base that is to learn it by --base, or take a YAML file")
+        else:
+            settings = load_config(source)
+            validate_data(settings.data, settings.base.model, Console())
+
+
 def demo(
     cache_dir: Annotated[
         Path | None,
@@ -61,11 +83,14 @@ def demo(
 
 @contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Prints an expected error as one sentence on stderr and exits: 2 for the user's mistake, 1 for ours."""
+    """Prints an expected error on stderr, wrong data line by line, and exits: 2 for the user's mistake, 1 for ours."""
     # bitsandbytes recommends a package that would download a kernel at import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         yield
+    except InvalidData as error:
+        typer.echo(str(error), err=True)  # a line each, as compilers have it
+        raise typer.Exit(2) from None
     except UsageError as error:
         raise _exit(str(error), 2) from None
     except HatrackError as error:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from hatrack_trainer.errors import ConfigError
+from hatrack_trainer.methods import Method, method_of, methods, read_method
+from hatrack_trainer.methods.lora import Lora
+from hatrack_trainer.section import FilePath, Real, Section
 
-# Strict but for these two: YAML has no paths, and PyYAML reads `2e-4` (no dot) as text.
-FilePath = Annotated[Path, Field(strict=False)]
-Real = Annotated[float, Field(strict=False, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """What all parts of the configuration share."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+AdapterSection = Lora
+"""The section of the default method; the others are in hatrack_trainer.methods."""
+METHOD_KEY = ("adapter", "method")
 
 
 class BaseSection(Section):
@@ -31,26 +28,19 @@ class BaseSection(Section):
     """As the server has it: an adapter learns to correct the quantisation's errors too."""
 
 
-class AdapterSection(Section):
-    """LoRA (Hu et al. 2021): y += alpha/rank · B(Ax) beside each target."""
-
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
-    rslora: bool = False
-    """Scale by alpha/√rank instead (Kalajdzievski 2023), so that high ranks learn as fast as low ones."""
-    dropout: Real = Field(default=0.0, ge=0, lt=1)
-    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Names of linear layers, e.g. [q_proj, v_proj]; all-linear is every one but the output head."""
-
-
 class DataSection(Section):
-    """JSON lines: {"prompt", "completion"}, or {"messages": [{"role", "content"} …]} ending with the assistant's."""
+    """JSON lines, one format per file."""
 
     train: FilePath
     eval: FilePath | None = None
     """Held-out rows; their loss is taken once, after the last step."""
+    format: Literal["auto", "prompt-completion", "chat", "alpaca", "sharegpt", "text", "preference"] = "auto"
+    """What the rows are; auto: told from their keys, for each file, and said."""
+    loss: Literal["completion", "assistant"] = "completion"
+    """What is learned of a chat: its last turn, or every one of the assistant's. Of other rows it is the completion, or
+    all of a text."""
     max_length: int = Field(default=1024, ge=2)
-    """Prompt and completion together, in tokens; what is beyond is cut off."""
+    """A row's tokens, prompt and completion together; what is beyond is cut off."""
 
 
 class TrainSection(Section):
@@ -63,7 +53,8 @@ class TrainSection(Section):
     """Rows in memory at once."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Batches per optimizer step."""
-    learning_rate: Real = Field(default=2e-4, gt=0)
+    learning_rate: Real | None = Field(default=None, gt=0)
+    """Absent: the adapter method's own, which suits bases of a billion parameters or less; larger ones want less."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: Real = Field(default=0.0, ge=0)
@@ -88,10 +79,21 @@ class TrainConfig(Section):
     """Everything that `hatrack train run` can be told."""
 
     base: BaseSection
-    adapter: AdapterSection = AdapterSection()
+    adapter: SerializeAsAny[Annotated[Method, BeforeValidator(read_method)]] = AdapterSection()
     data: DataSection
     train: TrainSection = TrainSection()
     output: OutputSection
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.train.activation_checkpointing and not self.adapter.allows_checkpointing:
+            raise ValueError(f"train.activation_checkpointing: does not work with adapter.method {self.adapter.method}")
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """What the optimizer begins with: `train.learning_rate`, or the method's own."""
+        return self.train.learning_rate or self.adapter.default_learning_rate
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -107,29 +109,40 @@ def load_config(path: Path) -> TrainConfig:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold the sections {', '.join(TrainConfig.model_fields)}")
+    # A section whose keys are all commented out is null to YAML.
+    sections = {name: section for name, section in raw.items() if section is not None}
     try:
-        # A section whose keys are all commented out is null to YAML.
-        return TrainConfig.model_validate({name: section for name, section in raw.items() if section is not None})
+        return TrainConfig.model_validate(sections)
     except ValidationError as error:
-        # An unknown key comes first: a misspelt one is also reported as missing under its right name.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        raise ConfigError(f"{path}: {_sentence(first)}") from None
+        first = min(error.errors(), key=_urgency)
+        raise ConfigError(f"{path}: {_sentence(first, sections)}") from None
 
 
-def _sentence(error: Any) -> str:
+def _urgency(error: Any) -> tuple[bool, bool]:
+    """The wrong method comes first, whose keys are the default's; then unknown keys: a misspelt one is missing, too."""
+    return error["loc"] != METHOD_KEY, error["type"] != "extra_forbidden"
+
+
+def _sentence(error: Any, sections: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"][:2]]  # beyond section and key it names pydantic's union members
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1], sections), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return f"{key}: missing"
     if error["type"] == "model_type":
         return f"{key}: must be a section, with keys of its own"
+    if error["type"] == "value_error":  # one of our own validators
+        return f"{key}: {error['ctx']['error']}".removeprefix(": ")
+    if error["loc"] == METHOD_KEY:
+        return f"{key}: must be one of {', '.join(methods())}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(section: list[str]) -> list[str]:
+def _known_keys(section: list[str], sections: dict[str, Any]) -> list[str]:
+    if section == ["adapter"]:
+        return list(method_of(sections["adapter"]).model_fields)
     model: type[BaseModel] = TrainConfig
     for name in section:
         model = model.model_fields[name].annotation  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 TrainerError
 ├── UsageError             the user's mistake: `hatrack train` exits with 2
 │   ├── ConfigError        a key of the YAML file
-│   └── DataError          a row of a JSONL file
+│   └── DataError          the data; its subclass InvalidData lists every wrong row, a line each
 └── TrainingStopped        the run could not go on: exits with 1, and nothing is written
 """
 
@@ -21,7 +21,7 @@ class ConfigError(UsageError):
 
 
 class DataError(UsageError):
-    """The data is wrong; the sentence names the file, the line and the field."""
+    """The data is wrong, or the base lacks what learning it needs."""
 
 
 class TrainingStopped(TrainerError):

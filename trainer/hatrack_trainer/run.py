@@ -15,13 +15,15 @@ from trl import SFTTrainer
 from hatrack.manifest import file_sha256
 from hatrack_server.model.checkpoint import identify, resolve_checkpoint
 from hatrack_server.model.load import load_base
-from hatrack_server.text.codec import TextCodec
 from hatrack_trainer.artifact import check_output_folder, write_artifact
-from hatrack_trainer.config import TrainConfig
-from hatrack_trainer.data import ExampleSet, check_data_file, read_examples, stop_token_ids
+from hatrack_trainer.config import DataSection, TrainConfig
+from hatrack_trainer.data.lines import check_data_file
+from hatrack_trainer.data.read import Data, ExampleSet, check_trainable, read_data
+from hatrack_trainer.data.remarks import format_remark, warnings
 from hatrack_trainer.errors import TrainingStopped, UsageError
+from hatrack_trainer.log import log_entries
 from hatrack_trainer.sft import OnStep, make_trainer
-from hatrack_trainer.targets import check_targets
+from hatrack_trainer.targets import check_adapter
 
 LIBRARIES = ("hatrack", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -50,9 +52,8 @@ def train(
     for file in filter(None, (config.data.train, config.data.eval)):
         check_data_file(file)
     checkpoint = resolve_checkpoint(config.base.model)
-    check_targets(config.adapter.target_modules, checkpoint)
-    train_set = _read(config.data.train, config, checkpoint, say)
-    eval_set = _read(config.data.eval, config, checkpoint, say) if config.data.eval else None
+    check_adapter(config.adapter, checkpoint)
+    data = _read(config.data, checkpoint, say)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +63,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     try:
         trainer = make_trainer(
-            config, base, tokenizer, train_set.examples, eval_set.examples if eval_set else None, on_step
+            config, base, tokenizer, data.train.examples, data.held_out.examples if data.held_out else None, on_step
         )
     except ValueError as error:
         raise UsageError(f"the trainer can't be set up: {str(error).splitlines()[0]}") from None
@@ -72,19 +73,18 @@ def train(
         config.output.dir,
         base_name=config.base.model,
         base=identify(checkpoint, config.base.quantization),
-        training=_record(config, trainer, train_set, result),
+        training=_record(config, trainer, data.train, result),
+        log=log_entries(trainer.state.log_history),
     )
     return TrainingResult(config.output.dir, digest, **result)
 
 
-def _read(file: Path, config: TrainConfig, checkpoint: Path, say: Callable[[str], None]) -> ExampleSet:
-    read = read_examples(file, TextCodec(checkpoint), stop_token_ids(checkpoint), config.data.max_length)
-    if read.truncated:
-        say(
-            f"{file}: {read.truncated} of {len(read.examples)} rows are longer than max_length="
-            f"{config.data.max_length} and lose their end"
-        )
-    return read
+def _read(section: DataSection, checkpoint: Path, say: Callable[[str], None]) -> Data:
+    data = read_data(section, checkpoint)
+    check_trainable(data)
+    for sentence in [*map(format_remark, data.files), *warnings(data, section.max_length)]:
+        say(sentence)
+    return data
 
 
 def _fit(trainer: SFTTrainer) -> dict[str, Any]:
@@ -105,10 +105,16 @@ def _record(config: TrainConfig, trainer: SFTTrainer, train_set: ExampleSet, res
         "data": {
             "file": config.data.train.name,
             "sha256": file_sha256(config.data.train),
-            "rows": len(train_set.examples),
+            "rows": len(train_set.lines),
+            "format": train_set.format.name,
+            "loss": config.data.loss,
             "max_length": config.data.max_length,
         },
-        # The optimizer that really ran, which isn't the configured one on the CPU.
-        "settings": {**config.train.model_dump(exclude={"threads"}), "optimizer": str(trainer.args.optim.value)},
+        # The optimizer that really ran, which isn't the configured one on the CPU; and what an absent rate meant.
+        "settings": {
+            **config.train.model_dump(exclude={"threads"}),
+            "optimizer": str(trainer.args.optim.value),
+            "learning_rate": config.learning_rate,
+        },
         "libraries": {name: version(name) for name in LIBRARIES},
     }

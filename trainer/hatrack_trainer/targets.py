@@ -1,4 +1,4 @@
-"""Which layers of a base an adapter names, looked up before the base is loaded."""
+"""Whether an adapter fits a base, and names layers that it has: looked up before the base is loaded."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hatrack_server.model.load import read_config
 from hatrack_trainer.errors import UsageError
+from hatrack_trainer.methods import Method
+
+
+def check_adapter(adapter: Method, checkpoint: Path) -> None:
+    """Raises UsageError naming the first key of `adapter` that this base can't do."""
+    adapter.refuse(read_config(checkpoint))
+    check_targets(adapter.named_layers(), checkpoint)
 
 
 def check_targets(targets: list[str] | Literal["all-linear"], checkpoint: Path) -> None:
@@ -20,7 +27,7 @@ def check_targets(targets: list[str] | Literal["all-linear"], checkpoint: Path) 
 
     PEFT would ignore a name that selects nothing beside one that does, and train an embedding, which is not supported.
     """
-    if targets == "all-linear":
+    if not targets or targets == "all-linear":
         return
     base = _without_weights(checkpoint)
     head = base.get_output_embeddings()

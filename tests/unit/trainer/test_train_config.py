@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hatrack_trainer.config import load_config
 from hatrack_trainer.errors import ConfigError
+from hatrack_trainer.methods import DEFAULT, methods, read_method
 
 MINIMAL = "base: {model: some/model}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "train.yaml"
+NO_METHOD = f"adapter.method: must be one of {', '.join(methods())}"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -20,13 +25,35 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL + "adapter:\n"))
     assert config.base.quantization == "nf4"
     assert config.data.train == Path("rows.jsonl")
-    assert config.adapter.target_modules == "all-linear"
+    assert config.adapter == read_method({"method": "lora", "target_modules": "all-linear"})
     assert config.train.optimizer == "paged_adamw_32bit"
 
 
 def test_the_example_is_valid() -> None:
-    config = load_config(Path(__file__).parents[3] / "examples" / "train.yaml")
+    config = load_config(EXAMPLE)
     assert config.data.train.name == "greetings.jsonl"
+
+
+def test_the_example_shows_every_method_with_all_its_keys_and_defaults() -> None:
+    blocks = re.findall(r"^# (adapter: \{.*?\})", EXAMPLE.read_text(), re.DOTALL | re.MULTILINE)
+    shown = [yaml.safe_load(block.replace("\n#", "\n"))["adapter"] for block in blocks]
+    assert sorted(keys["method"] for keys in shown) == sorted(methods().keys() - {DEFAULT})
+    for keys in shown:
+        fields = methods()[keys["method"]].model_fields
+        needed = {name: keys[name] for name, field in fields.items() if field.is_required()}
+        assert keys == read_method({"method": keys["method"], **needed}).model_dump()
+
+
+def test_a_section_without_a_method_is_lora(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL + "adapter: {rank: 4, rslora: true}\n"))
+    assert config.adapter == read_method({"method": "lora", "rank": 4, "rslora": True})
+    assert config.model_dump()["adapter"]["rank"] == 4
+
+
+def test_the_method_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    text = MINIMAL + "adapter: {method: ia3}\n"
+    assert load_config(write(tmp_path, text)).learning_rate == methods()["ia3"].default_learning_rate
+    assert load_config(write(tmp_path, text + "train: {learning_rate: 2e-4}\n")).learning_rate == 2e-4
 
 
 def test_a_number_that_yaml_takes_for_text(tmp_path: Path) -> None:
@@ -82,3 +109,46 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, sentence: st
 def test_an_absent_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't be read"):
         load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sentence"),
+    [
+        ("{method: lorra}", NO_METHOD),
+        ("{method: [lora], rang: 4}", NO_METHOD),
+        ("[lora]", "adapter: must be a section, with keys of its own"),
+        ("{method: lora, rang: 4}", "adapter.rang: unknown key; did you mean rank?"),
+        ("{method: prefix_tuning, token: 4}", "adapter.token: unknown key; did you mean tokens?"),
+        ("{method: prefix_tuning, rank: 4}", "adapter.rank: unknown key"),
+        ("{method: lora, rank: 0}", "adapter.rank: input should be greater than or equal to 1"),
+        ("{method: rslora, rslora: false}", "adapter.rslora: input should be True"),
+        ("{method: dora, dropout: 1}", "adapter.dropout: input should be less than 1"),
+        ("{method: loha, rank: 4.5}", "adapter.rank: input should be a valid integer"),
+        ("{method: loha, decompose_both: true}", "adapter.decompose_both: unknown key"),
+        ("{method: lokr, decompose_factor: 0}", "adapter.decompose_factor: must be positive, or -1"),
+        ("{method: lokr, rank_dropout: -1}", "adapter.rank_dropout: input should be greater than or equal to 0"),
+        ("{method: adalora, rank: 12}", "adapter: initial_rank must be more than rank"),
+        (
+            "{method: adalora, prune_from: 0.5, prune_until: 0.5}",
+            "adapter: prune_until must be more than prune_from",
+        ),
+        ("{method: vera, initial_scale: 0}", "adapter.initial_scale: input should be greater than 0"),
+        (
+            "{method: ia3, target_modules: [a], feedforward_modules: [b]}",
+            "adapter: feedforward_modules: b is not in target_modules",
+        ),
+        ("{method: bottleneck, placement: up}", "adapter.placement: input should be 'houlsby' or 'pfeiffer'"),
+        ("{method: llama_adapter}", "adapter.layers: missing"),
+        ("{method: prompt_tuning, init: text}", "adapter.init: input should be 'vocabulary' or 'random'"),
+        ("{method: p_tuning, hidden_size: 0}", "adapter.hidden_size: input should be greater than or equal to 1"),
+        (
+            "{method: prefix_tuning}\ntrain: {activation_checkpointing: true}",
+            "train.activation_checkpointing: does not work with adapter.method prefix_tuning",
+        ),
+    ],
+)
+def test_a_wrong_key_of_a_method_is_named(tmp_path: Path, adapter: str, sentence: str) -> None:
+    file = write(tmp_path, f"{MINIMAL}adapter: {adapter}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value) == f"{file}: {sentence}"

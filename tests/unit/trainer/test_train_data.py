@@ -5,104 +5,201 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import make_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from hatrack_server.text.codec import TextCodec
-from hatrack_trainer.data import IGNORED, Example, read_examples, stop_token_ids
+from hatrack_server.text.codec import ChatMessage, TextCodec
+from hatrack_trainer.data import IGNORED, Example
+from hatrack_trainer.data.formats import Completion, Conversation, Document, Target, Turn
+from hatrack_trainer.data.problems import WrongRow
+from hatrack_trainer.data.tokens import Loss, TargetTokenizer, stop_token_ids
 from hatrack_trainer.errors import DataError
 
 BOS, EOS = 256, 257
-
-
-def read(checkpoint: Path, folder: Path, *rows: Any, max_length: int = 64, stops: tuple[int, ...] = (EOS,)) -> Example:
-    file = folder / "rows.jsonl"
-    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return read_examples(file, TextCodec(checkpoint), stops, max_length).examples[-1]
-
-
-def test_loss_is_on_the_completion_and_its_end_alone(tiny_llama: Path, tmp_path: Path) -> None:
-    example = read(tiny_llama, tmp_path, {"prompt": "ab", "completion": "cd"})
-    codec = TextCodec(tiny_llama)
-    assert example.input_ids == [*codec.encode("abcd"), EOS]
-    assert example.labels == [IGNORED] * 3 + [*codec.encode("cd")[1:], EOS]
-    assert example.input_ids[0] == BOS
-
-
-def test_an_empty_prompt_is_the_start_token(tiny_llama: Path, tmp_path: Path) -> None:
-    example = read(tiny_llama, tmp_path, {"prompt": "", "completion": "x"})
-    assert example.labels[0] == IGNORED
-    assert example.labels[1:] == example.input_ids[1:]
-
-
-def test_a_chat_is_tokenised_as_it_is_served(tiny_llama: Path, tmp_path: Path) -> None:
-    messages: Any = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    example = read(tiny_llama, tmp_path, {"messages": messages})
-    codec = TextCodec(tiny_llama)
-    served = codec.encode_chat(messages[:1], add_generation_prompt=True)
-    assert example.input_ids[: len(served)] == served
-    assert example.labels[: len(served)] == [IGNORED] * len(served)
-    assert codec.decode(example.labels[len(served) :]) == "yo\n"
-    assert example.labels[-1] == EOS
-
-
-def test_a_chat_ends_at_the_template_s_own_stop(tiny_llama: Path, tmp_path: Path) -> None:
-    newline = TextCodec(tiny_llama).encode("\n")[-1]
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    example = read(tiny_llama, tmp_path, {"messages": messages}, stops=(EOS, newline))
-    assert example.labels[-1] == newline
-
-
-def test_a_long_row_loses_its_end_and_is_counted(tiny_llama: Path, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "ab", "completion": "cdef"}\n\n{"prompt": "a", "completion": "b"}\n')
-    found = read_examples(file, TextCodec(tiny_llama), [EOS], 5)
-    assert found.truncated == 1
-    assert [len(example.input_ids) for example in found.examples] == [5, 4]
-    assert EOS not in found.examples[0].labels
-
-
-@pytest.mark.parametrize(
-    ("row", "sentence"),
-    [
-        ("{", "2: not JSON: "),
-        ("[]", "2: must be a JSON object"),
-        ({"instruction": "a", "output": "b"}, "2: must have either messages, or prompt and completion"),
-        ({"prompt": "a"}, "2: completion: missing or not text"),
-        ({"prompt": 1, "completion": "b"}, "2: prompt: missing or not text"),
-        ({"prompt": "a", "completion": ""}, "2: completion: is empty"),
-        ({"prompt": "a" * 80, "completion": "b"}, "2: the prompt's 81 tokens leave nothing of the completion in max_l"),
-        ({"messages": "hi"}, "2: messages: must be a list of at least two"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "2: messages: the last"),
-        ({"messages": [{"role": "user"}, {}]}, r"2: messages\[0\].content: missing or not text"),
-        ({"messages": [7, {}]}, r"2: messages\[0\]: must be an object"),
-    ],
+TALK = [("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "ok")]
+STOPPING = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-def test_a_wrong_row_is_named(tiny_llama: Path, tmp_path: Path, row: Any, sentence: str) -> None:
-    with pytest.raises(DataError, match=rf"rows\.jsonl:{sentence}"):
-        read(tiny_llama, tmp_path, {"prompt": "a", "completion": "b"}, row)
 
 
-def test_a_base_without_a_chat_template_refuses_chats(tiny_llama: Path, tmp_path: Path) -> None:
-    for name in ("tokenizer.json", "config.json"):
-        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(DataError, match="1: messages: this model has no chat template"):
-        read(tmp_path, tmp_path, {"messages": messages})
+def tokenise(
+    checkpoint: Path, target: Target, *, stops: tuple[int, ...] = (EOS,), loss: Loss = "completion"
+) -> Example:
+    return TargetTokenizer(TextCodec(checkpoint), stops, loss).tokenise(target)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tiny_llama: Path, tmp_path: Path) -> None:
-    row = {"prompt": "a", "completion": "b"}
-    assert read(tiny_llama, tmp_path, "\ufeff" + json.dumps(row)) == read(tiny_llama, tmp_path, row)
+def completion(prompt: str, text: str) -> Completion:
+    return Completion(prompt, text, "completion")
 
 
-def test_a_file_without_rows(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no rows"):
-        read(tiny_llama, tmp_path, "\n")
+def conversation(*turns: tuple[str, str]) -> Conversation:
+    return Conversation([Turn(role, text, f"messages[{index}].content") for index, (role, text) in enumerate(turns)])
+
+
+def messages(*turns: tuple[str, str]) -> list[ChatMessage]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def flaws(checkpoint: Path, target: Target, **options: Any) -> list[tuple[str, str]]:
+    with pytest.raises(WrongRow) as caught:
+        tokenise(checkpoint, target, **options)
+    return [(flaw.field, flaw.what) for flaw in caught.value.flaws]
+
+
+def with_template(folder: Path, template: str) -> Path:
+    make_tokenizer(chat_template=template).save_pretrained(folder)
+    return folder
+
+
+class TestCompletions:
+    def test_loss_is_on_the_completion_and_its_end_alone(self, tiny_llama: Path) -> None:
+        example = tokenise(tiny_llama, completion("ab", "cd"))
+        codec = TextCodec(tiny_llama)
+        assert example.input_ids == [*codec.encode("abcd"), EOS]
+        assert example.labels == [IGNORED] * 3 + [*codec.encode("cd")[1:], EOS]
+        assert example.input_ids[0] == BOS
+        assert example.learned == 3
+
+    def test_an_empty_prompt_is_the_start_token(self, tiny_llama: Path) -> None:
+        example = tokenise(tiny_llama, completion("", "x"))
+        assert example.labels[0] == IGNORED
+        assert example.labels[1:] == example.input_ids[1:]
+
+    def test_a_spelled_out_stop_at_the_end_is_not_doubled(self, tiny_llama: Path) -> None:
+        assert tokenise(tiny_llama, completion("ab", "cd</s>")) == tokenise(tiny_llama, completion("ab", "cd"))
+
+    def test_a_stop_inside_would_hide_what_follows(self, tiny_llama: Path) -> None:
+        sentence = "spells the base's stop token: what follows it would never be generated"
+        assert flaws(tiny_llama, completion("ab", "c</s>d")) == [("completion", sentence)]
+
+    def test_raw_text_is_learned_from_its_second_token_on(self, tiny_llama: Path) -> None:
+        example = tokenise(tiny_llama, Document("ab"))
+        assert example.input_ids == [*TextCodec(tiny_llama).encode("ab"), EOS]
+        assert example.labels == [IGNORED, *example.input_ids[1:]]
+
+
+class TestBorders:
+    """The prompt's tokens are the server's, whatever the completion begins with."""
+
+    def test_a_token_that_spans_the_border(self, tmp_path: Path) -> None:
+        model = models.BPE(vocab={"a": 0, "b": 1, "c": 2, "bc": 3, "</s>": 4}, merges=[("b", "c")])
+        tokenizer = Tokenizer(model)
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        assert tokenizer.encode("abc").ids == [0, 3]
+        example = tokenise(tmp_path, completion("ab", "c"), stops=(4,))
+        assert example == Example([0, 1, 2, 4], [IGNORED, IGNORED, 2, 4])
+
+    def test_a_tokenizer_that_puts_a_space_before_every_text(self, tmp_path: Path) -> None:
+        vocab = {symbol: i for i, symbol in enumerate(["▁", "a", "b", "c", "bc", "\n", "</s>"])}
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("b", "c")]))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        assert tokenizer.encode("c").tokens == ["▁", "c"]
+        example = tokenise(tmp_path, completion("ab", "c"), stops=(6,))
+        assert example == Example([0, 1, 2, 3, 6], [IGNORED] * 3 + [3, 6])
+
+    def test_a_border_inside_a_word_of_a_word_tokenizer(self, tmp_path: Path) -> None:
+        tokenizer = Tokenizer(models.WordLevel({"un": 0, "do": 1, "undo": 2, "</s>": 3}, unk_token="un"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        sentence = "its first token would reach into the prompt: begin it with a space"
+        assert flaws(tmp_path, completion("un", "do"), stops=(3,)) == [("completion", sentence)]
+        assert tokenise(tmp_path, completion("un", " do"), stops=(3,)).input_ids == [0, 1, 3]
+
+    def test_a_tokenizer_that_ends_every_text(self, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer().backend_tokenizer
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        example = tokenise(tmp_path, completion("ab", "cd"))
+        prompt, answer = TextCodec(tmp_path).encode("ab"), TextCodec(tmp_path).encode("cd")[1:]
+        assert example == Example(prompt + answer, [IGNORED] * len(prompt) + answer)
+
+    def test_no_prompt_and_no_start_token(self, tmp_path: Path) -> None:
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+        sentence = "is empty, and the base has no start token to go on from"
+        assert flaws(tmp_path, completion("", "a")) == [("prompt", sentence)]
+
+
+class TestConversations:
+    def test_a_chat_is_tokenised_as_it_is_served(self, tiny_llama: Path) -> None:
+        example = tokenise(tiny_llama, conversation(*TALK))
+        codec = TextCodec(tiny_llama)
+        served = codec.encode_chat(messages(*TALK[:-1]), add_generation_prompt=True)
+        assert example.input_ids[: len(served)] == served
+        assert example.labels[: len(served)] == [IGNORED] * len(served)
+        assert example.labels[len(served) :] == example.input_ids[len(served) :]
+        assert codec.decode(example.labels[len(served) :]) == "ok\n"
+        assert example.labels[-1] == EOS
+
+    def test_a_chat_ends_at_the_template_s_own_stop(self, tiny_llama: Path) -> None:
+        newline = TextCodec(tiny_llama).encode("\n")[-1]
+        assert tokenise(tiny_llama, conversation(*TALK), stops=(EOS, newline)).labels[-1] == newline
+
+    @pytest.mark.parametrize("template", [STOPPING, None], ids=["with stops", "without"])
+    def test_every_answer_is_asked_for_as_it_is_served(
+        self, tiny_llama: Path, tmp_path: Path, template: str | None
+    ) -> None:
+        checkpoint = with_template(tmp_path, template) if template else tiny_llama
+        codec = TextCodec(checkpoint)
+        example = tokenise(checkpoint, conversation(*TALK), loss="assistant")
+        whole = codec.encode_chat(messages(*TALK), add_generation_prompt=False)
+        assert example.input_ids[:-1] == whole[: len(example.input_ids) - 1]
+        learned = [IGNORED] * len(example.labels)
+        for index in (1, 3):
+            served = codec.encode_chat(messages(*TALK[:index]), add_generation_prompt=True)
+            assert example.input_ids[: len(served)] == served
+            answer = [*codec.encode(TALK[index][1] + ("" if template else "\n"))[1:], EOS]
+            learned[len(served) : len(served) + len(answer)] = answer
+        assert example.labels == learned
+        assert example.labels.count(EOS) == 2
+
+    def test_a_stop_that_the_template_leaves_out_is_learned_where_the_next_turn_begins(self, tiny_llama: Path) -> None:
+        example = tokenise(tiny_llama, conversation(*TALK), loss="assistant")
+        [inner] = [place for place, label in enumerate(example.labels[:-1]) if label == EOS]
+        assert example.input_ids[inner] == TextCodec(tiny_llama).encode("[")[-1]
+
+    def test_a_template_that_rewrites_earlier_answers(self, tmp_path: Path) -> None:
+        kept = "message['content'] if loop.last or message['role'] == 'user' else '-'"
+        forgetful = STOPPING.replace("message['content']", kept)
+        checkpoint = with_template(tmp_path, forgetful)
+        sentence = "the template rewrites answers once turns follow: set data.loss to completion"
+        assert flaws(checkpoint, conversation(*TALK), loss="assistant") == [("messages", sentence)]
+        assert tokenise(checkpoint, conversation(*TALK)).learned == 3
+
+    def test_a_template_that_writes_an_answer_otherwise_than_it_asks_for_one(self, tmp_path: Path) -> None:
+        checkpoint = with_template(tmp_path, STOPPING.replace("%}[assistant]{%", "%}[bot]{%"))
+        sentence = "the chat template writes an answer otherwise than it asks for one"
+        assert flaws(checkpoint, conversation(*TALK)) == [("messages", sentence)]
+
+    def test_a_template_that_refuses_an_order(self, tmp_path: Path) -> None:
+        checkpoint = with_template(
+            tmp_path,
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no\nsystem') }}{% endif %}" + STOPPING,
+        )
+        sentence = "the chat template refuses them: no system"
+        assert flaws(checkpoint, conversation(("system", "be brief"), *TALK)) == [("messages", sentence)]
+
+    def test_a_stop_inside_an_answer_is_no_end(self, tiny_llama: Path) -> None:
+        talk = [("user", "hi</s>there"), ("assistant", "yo</s>hm"), *TALK[2:]]
+        field = "messages[1].content"
+        assert [place for place, _ in flaws(tiny_llama, conversation(*talk), loss="assistant")] == [field]
+        assert tokenise(tiny_llama, conversation(*talk)).labels[-1] == EOS
+
+    def test_a_base_without_a_chat_template(self, tmp_path: Path) -> None:
+        make_tokenizer(chat_template=None).save_pretrained(tmp_path)
+        with pytest.raises(DataError, match="the base has no chat template: write prompt and completion instead"):
+            tokenise(tmp_path, conversation(*TALK))
 
 
 def test_stop_ids_come_from_the_generation_config_first(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
     assert stop_token_ids(tmp_path) == [5]
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     assert stop_token_ids(tmp_path) == [7, 8]
 
 

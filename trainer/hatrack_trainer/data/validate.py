@@ -1,0 +1,66 @@
+"""`hatrack train validate`: what training would make of the data, told without the base's weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.text import Text
+
+from hatrack_server.model.checkpoint import resolve_checkpoint
+from hatrack_trainer.config import DataSection
+from hatrack_trainer.data.preview import preview
+from hatrack_trainer.data.read import ExampleSet, read_data
+from hatrack_trainer.data.remarks import format_remark, warnings
+from hatrack_trainer.errors import UsageError
+
+
+def validate(section: DataSection, model: str, console: Console) -> None:
+    """Prints how the data is read, what of it is lost, and what of a row is learned.
+
+    Raises what `read_data` does, the server's StartupError for an absent base, and UsageError for one in part.
+    """
+    checkpoint = checkpoint_without_weights(model)
+    data = read_data(section, checkpoint)
+    for part in data.files:
+        _print(console, format_remark(part))
+        _print(console, f"  {_statistics(part)}")
+    for warning in warnings(data, section.max_length):
+        _print(console, f"warning: {warning}")
+    shown = next((entry for entry in data.train.entries if not entry.truncated), data.train.entries[0])
+    _print(console, f"line {shown.line.number} as the model sees it, where only ⟦this⟧ is learned:")
+    console.print(preview(shown.example, checkpoint), soft_wrap=True)
+
+
+def checkpoint_without_weights(model: str) -> Path:
+    """The folder of a base's configuration, tokenizer and template; of a hub id, only these are downloaded."""
+    checkpoint = resolve_checkpoint(model, weights=False)
+    if not Path(model).is_dir():
+        try:
+            checkpoint = Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja"]))
+        except OSError:
+            raise UsageError(f"base.model: the tokenizer of {model} can't be downloaded") from None
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise UsageError(f"base.model: {model} has no tokenizer.json")
+    return checkpoint
+
+
+def _statistics(part: ExampleSet) -> str:
+    lengths = sorted(entry.length for entry in part.entries)
+    learned = sum(example.learned for example in part.examples)
+    return (
+        f"{sum(lengths)} tokens, of which {learned} carry loss; longest {lengths[-1]}, p50 {_quantile(lengths, 0.5)}, "
+        f"p95 {_quantile(lengths, 0.95)}; {len(part.truncated)} of {len(part.lines)} rows lose their end"
+    )
+
+
+def _quantile(ordered: Sequence[int], share: float) -> int:
+    """By nearest rank, so that it is the length of a row."""
+    return ordered[math.ceil(share * len(ordered)) - 1]
+
+
+def _print(console: Console, sentence: str) -> None:
+    console.print(Text(sentence), soft_wrap=True)
