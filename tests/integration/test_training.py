@@ -17,9 +17,10 @@ from hatrack.manifest import ARTIFACT_FILES, Manifest, artifact_digest, file_sha
 from hatrack_client.cli import run as hatrack
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.load import load_base
-from hatrack_trainer.config import AdapterSection, BaseSection, DataSection, OutputSection, TrainConfig, TrainSection
+from hatrack_trainer.config import BaseSection, DataSection, OutputSection, TrainConfig, TrainSection
 from hatrack_trainer.data import Example
 from hatrack_trainer.errors import TrainingStopped, UsageError
+from hatrack_trainer.methods.lora import Lora
 from hatrack_trainer.run import train
 from hatrack_trainer.sft import make_trainer
 
@@ -42,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 def configure(base: Path, data: Path, out: Path, **sections: Any) -> TrainConfig:
     return TrainConfig(
         base=BaseSection(model=str(base), quantization=sections.get("quantization", "nf4")),
-        adapter=sections.get("adapter", AdapterSection(rank=4)),
+        adapter=sections.get("adapter", Lora(rank=4)),
         data=DataSection(train=data, eval=data, max_length=64),
         train=sections.get("train", STEPS),
         output=OutputSection(dir=out),
@@ -101,7 +102,7 @@ def test_trains_and_writes_an_artifact_that_peft_loads(tiny_llama: Path, data: P
 
 
 def test_equal_runs_give_equal_artifacts(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    adapter = AdapterSection(rank=4, rslora=True, target_modules=["q_proj", "v_proj"])
+    adapter = Lora(rank=4, rslora=True, target_modules=["q_proj", "v_proj"])
     digests = {
         train(configure(tiny_llama, data, tmp_path / name, adapter=adapter)).digest for name in ("first", "second")
     }
@@ -194,7 +195,7 @@ def test_a_wrong_target_is_found_before_anything_is_read(tiny_llama: Path, tmp_p
     (tmp_path / "model.safetensors").touch()
     rows = tmp_path / "rows.jsonl"
     rows.write_text("not JSON")
-    config = configure(tmp_path, rows, tmp_path / "out", adapter=AdapterSection(target_modules=[target]))
+    config = configure(tmp_path, rows, tmp_path / "out", adapter=Lora(target_modules=[target]))
     with pytest.raises(UsageError, match=f"adapter.target_modules: {target} "):
         train(config)
 

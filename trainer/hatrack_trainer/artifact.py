@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ def write_artifact(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     # PEFT would otherwise ask the hub whether the vocabulary was resized.
-    model.save_pretrained(str(partial), save_embedding_layers=False)
+    with warnings.catch_warnings():
+        # PEFT takes what AdaLoRA has pruned to rank 0 for a shard that was not gathered.
+        warnings.filterwarnings("ignore", "Adapter 'default': .* invalid shape", UserWarning)
+        model.save_pretrained(str(partial), save_embedding_layers=False)
     _sort_config(partial / CONFIG_FILE)
     digest = artifact_digest({name: file_sha256(partial / name) for name in ARTIFACT_FILES})
     manifest = Manifest(artifact=digest, base=base, method=config.peft_type.value, training=training)
@@ -86,6 +90,7 @@ def _write_record(folder: Path, log: Sequence[LogEntry]) -> None:
 def _sort_config(file: Path) -> None:
     """PEFT writes sets in hash order; sorted, equal adapters have equal digests."""
     config = json.loads(file.read_text())
-    if isinstance(config.get("target_modules"), list):
-        config["target_modules"].sort()
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

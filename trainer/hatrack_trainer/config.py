@@ -14,8 +14,6 @@ from hatrack_trainer.methods import Method, method_of, methods, read_method
 from hatrack_trainer.methods.lora import Lora
 from hatrack_trainer.section import FilePath, Real, Section
 
-AdapterSection = Lora
-"""The section of the default method; the others are in hatrack_trainer.methods."""
 METHOD_KEY = ("adapter", "method")
 
 
@@ -79,7 +77,7 @@ class TrainConfig(Section):
     """Everything that `hatrack train run` can be told."""
 
     base: BaseSection
-    adapter: SerializeAsAny[Annotated[Method, BeforeValidator(read_method)]] = AdapterSection()
+    adapter: SerializeAsAny[Annotated[Method, BeforeValidator(read_method)]] = Lora()
     data: DataSection
     train: TrainSection = TrainSection()
     output: OutputSection

@@ -20,13 +20,14 @@ def load_base(
     quantization: Quantization,
     dtype: torch.dtype | None,
     device: str,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Loads a decoder-only causal LM in eval mode, every parameter frozen.
 
-    `dtype` is what activations are computed in; None takes bfloat16 with NF4, else the checkpoint's own. A checkpoint
-    that is NF4 on disk is taken as it is. Raises StartupError for what transformers can't load as a causal LM, for
-    another quantisation on disk, and for stacked experts, which bitsandbytes silently leaves in 16 bits.
+    `dtype` is what activations are computed in; None takes bfloat16 with NF4, else the checkpoint's own. Without an
+    `attn_implementation`, transformers chooses one. A checkpoint that is NF4 on disk is taken as it is. Raises
+    StartupError for what transformers can't load as a causal LM, for another quantisation on disk, and for stacked
+    experts, which bitsandbytes silently leaves in 16 bits.
     """
     extra = _quantization_arguments(read_config(checkpoint), quantization, dtype or torch.bfloat16)
     try:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hatrack_trainer.config import AdapterSection, BaseSection, DataSection, OutputSection, TrainConfig, TrainSection
+from hatrack_trainer.config import BaseSection, DataSection, OutputSection, TrainConfig, TrainSection
 from hatrack_trainer.demo.skills import COMMAND, SKILLS, prompt, training_words
+from hatrack_trainer.methods.lora import Lora
 from hatrack_trainer.run import train
 
 
@@ -38,7 +39,7 @@ def make_adapter(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = TrainConfig(
         base=BaseSection(model=str(base)),
-        adapter=AdapterSection(rank=plan.rank, alpha=2 * plan.rank),
+        adapter=Lora(rank=plan.rank, alpha=2 * plan.rank),
         data=DataSection(train=data, max_length=64),
         train=TRAIN,
         output=OutputSection(dir=folder),

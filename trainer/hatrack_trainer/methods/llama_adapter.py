@@ -47,8 +47,8 @@ class LlamaAdapter(Method):
     def prepare(self, model: PeftModel) -> None:
         """Lets PEFT's model call the forward that TRL gave the base afterwards, and which alone gives TRL's loss.
 
-        PEFT binds `forward` when it wraps the base (tuners/adaption_prompt/model.py). Raises UsageError where prompts in
-        32 bits would meet plain weights in 16 without autocast.
+        PEFT binds `forward` when it wraps the base (tuners/adaption_prompt/model.py). Raises UsageError where prompts
+        in 32 bits would meet plain weights in 16 without autocast.
         """
         from peft.tuners.adaption_prompt import AdaptedAttention
 
