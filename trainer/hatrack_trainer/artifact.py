@@ -6,11 +6,13 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from hatrack.manifest import (
     ARTIFACT_FILES,
@@ -21,7 +23,7 @@ from hatrack.manifest import (
     artifact_digest,
     file_sha256,
 )
-from hatrack_trainer.errors import UsageError
+from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.log import LogEntry, as_json_lines
 from hatrack_trainer.loss_plot import draw_losses
 from hatrack_trainer.model_card import model_card
@@ -60,25 +62,53 @@ def write_artifact(
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path = base_name
+    with all_or_nothing(folder, "output.dir") as partial:
+        digest = _write_adapter(model, partial)
+        manifest = Manifest(artifact=digest, base=base, method=config.peft_type.value, training=training)
+        (partial / MANIFEST_FILE).write_text(manifest.to_json())
+        (partial / "README.md").write_text(model_card(base_name, manifest))  # in place of PEFT's
+        _write_record(partial / RECORD, log)
+    return digest
+
+
+@contextmanager
+def all_or_nothing(folder: Path, option: str) -> Iterator[Path]:
+    """A folder to be filled, which becomes `folder` in the end; whatever goes wrong, nothing of it is left.
+
+    `folder` must not exist, or be empty, then too. Raises TrainerError, naming the option, when it can't be written.
+    """
     folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may be writing to the same place: each has a name of its own.
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        partial.chmod(0o755)  # temporary folders are for their owner alone
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            raise TrainerError(f"{option}: {folder} can't be written: {error}") from None
+        raise
+
+
+def _write_adapter(model: PeftModel, folder: Path) -> str:
+    """PEFT's two files; the artifact's digest."""
     # PEFT would otherwise ask the hub whether the vocabulary was resized.
     with warnings.catch_warnings():
         # PEFT takes what AdaLoRA has pruned to rank 0 for a shard that was not gathered.
         warnings.filterwarnings("ignore", "Adapter 'default': .* invalid shape", UserWarning)
-        model.save_pretrained(str(partial), save_embedding_layers=False)
-    _sort_config(partial / CONFIG_FILE)
-    digest = artifact_digest({name: file_sha256(partial / name) for name in ARTIFACT_FILES})
-    manifest = Manifest(artifact=digest, base=base, method=config.peft_type.value, training=training)
-    (partial / MANIFEST_FILE).write_text(manifest.to_json())
-    (partial / "README.md").write_text(model_card(base_name, manifest))  # in place of PEFT's
-    _write_record(partial / RECORD, log)
-    if folder.exists():
-        folder.rmdir()  # empty, or it would have been refused
-    partial.rename(folder)
-    return digest
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    _sort_config(folder / CONFIG_FILE)
+    return artifact_digest({name: file_sha256(folder / name) for name in ARTIFACT_FILES})
 
 
 def _write_record(folder: Path, log: Sequence[LogEntry]) -> None:

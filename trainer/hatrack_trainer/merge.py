@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from hatrack.manifest import WEIGHTS_FILE, BaseIdentity
 from hatrack_server.model.checkpoint import identify, resolve_checkpoint
 from hatrack_server.model.load import load_base, read_config
-from hatrack_trainer.artifact import check_output_folder
-from hatrack_trainer.errors import TrainerError, UsageError
+from hatrack_trainer.artifact import all_or_nothing, check_output_folder
+from hatrack_trainer.errors import UsageError
 from hatrack_trainer.mergeable import MergeableAdapter, read_adapter
 
 Into = Literal["original", "dequantized"]
@@ -89,36 +89,10 @@ def merge(
     model = _merged(_plain_base(checkpoint, into), folder).to(DTYPES[precision])
     _refuse_non_finite(model)
     merged = Merged(out, checkpoint.resolve().name if Path(base).is_dir() else base, adapter)
-    with all_or_nothing(out) as partial:
+    with all_or_nothing(out, "--out") as partial:
         _save(model, checkpoint, partial)
         (partial / "README.md").write_text(_card(merged, identity, into, precision))
     return merged
-
-
-@contextmanager
-def all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which becomes `folder` in the end; whatever goes wrong, nothing of it is left.
-
-    `folder` must not exist, or be empty. Raises TrainerError when it can't be written.
-    """
-    folder = folder.resolve()
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            raise TrainerError(f"--out: {folder} can't be written: {error}") from None
-        raise
 
 
 def _check_out(out: Path, base: str) -> None:
@@ -178,7 +152,7 @@ def _merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             # It warns that shared embeddings and the base's name would need care, which they get here.
             warnings.simplefilter("ignore")
             return _merged_by_peft(base, config, folder)
-    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error, SafetensorError) as error:
         raise UsageError(f"PEFT can't merge this adapter into this base: {textwrap.shorten(str(error), 300)}") from None
 
 

@@ -26,7 +26,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) ->
 
         add_low_rank_cuda(y, x, a, b, runs)
         return
-    library = native() if y.dtype is x.dtype is a.dtype is torch.bfloat16 else None
+    library = native() if y.dtype is x.dtype is a.dtype is b.dtype is torch.bfloat16 else None
     for run in runs:
         few = IN_PLACE if isinstance(run.index, slice) else COPIED
         if library is not None and run.length * a.shape[1] <= few:

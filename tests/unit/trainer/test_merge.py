@@ -5,7 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ from zoo import EXPECTED_WARNINGS, NOISE, NOT_ON_NF4, ZOO
 from hatrack.manifest import ARTIFACT_FILES, BaseIdentity, Manifest, artifact_digest, file_sha256
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.load import load_base
+from hatrack_trainer.artifact import all_or_nothing
 from hatrack_trainer.errors import TrainerError, UsageError
-from hatrack_trainer.merge import Into, all_or_nothing, merge
+from hatrack_trainer.merge import Into, merge
 from hatrack_trainer.merge_command import merge as merge_command
 from hatrack_trainer.mergeable import MERGEABLE, NO_CHANGE_OF_WEIGHTS
 
@@ -264,16 +265,20 @@ class TestFolder:
 
     def test_is_not_there_after_any_error(self, tmp_path: Path) -> None:
         for error in (KeyboardInterrupt, ValueError):
-            with pytest.raises(error), all_or_nothing(tmp_path / "deep" / "out") as partial:
+            with pytest.raises(error), all_or_nothing(tmp_path / "deep" / "out", "--out") as partial:
                 fail(error, partial)
             assert not any(tmp_path.iterdir())
 
-    def test_what_a_killed_process_left_is_no_obstacle(self, tmp_path: Path) -> None:
-        (tmp_path / ".out.partial").mkdir()
-        (tmp_path / ".out.partial" / "half").touch()
-        (tmp_path / "out").mkdir()
-        with all_or_nothing(tmp_path / "out") as partial:
-            (partial / "whole").touch()
+    def test_of_two_at_once_the_first_is_kept_whole(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+
+        def fill(name: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+            with all_or_nothing(out, "--out") as partial:
+                meanwhile()
+                (partial / name).touch()
+
+        with pytest.raises(TrainerError, match=r"^--out: .* not empty"):
+            fill("late", lambda: fill("whole"))
         assert [file.relative_to(tmp_path) for file in tmp_path.rglob("*")] == [Path("out"), Path("out/whole")]
 
     def test_a_full_disk_leaves_nothing(self, base: Path, lora: Path, tmp_path: Path) -> None:

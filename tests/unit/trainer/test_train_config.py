@@ -152,3 +152,13 @@ def test_a_wrong_key_of_a_method_is_named(tmp_path: Path, adapter: str, sentence
     with pytest.raises(ConfigError) as caught:
         load_config(file)
     assert str(caught.value) == f"{file}: {sentence}"
+
+
+@pytest.mark.parametrize(
+    "text", ["train: {seed: 2024-13-45}", "base: " + "[" * 3000, "train: {seed: " + "9" * 5000 + "}"]
+)
+def test_what_yaml_can_not_make_a_value_of_is_one_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(file)

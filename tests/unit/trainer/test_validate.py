@@ -18,11 +18,13 @@ from rich.console import Console
 from hatrack_client.cli import run as hatrack
 from hatrack_trainer.config import DataSection
 from hatrack_trainer.data import IGNORED, Example
+from hatrack_trainer.data.lines import check_data_file
 from hatrack_trainer.data.preview import preview
+from hatrack_trainer.data.problems import quoted
 from hatrack_trainer.data.read import read_data
 from hatrack_trainer.data.remarks import format_remark, warnings
 from hatrack_trainer.data.validate import checkpoint_without_weights
-from hatrack_trainer.errors import UsageError
+from hatrack_trainer.errors import DataError, UsageError
 
 EOS = 257
 
@@ -175,3 +177,14 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"base\.model: .* has no tokenizer\.json"):
         checkpoint_without_weights(str(tmp_path))
+
+
+def test_a_pipe_is_refused_where_it_would_hang(tmp_path: Path) -> None:
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="is no file"):
+        check_data_file(pipe)
+
+
+def test_no_control_of_the_terminal_comes_from_a_row() -> None:
+    assert quoted("\u009b31m\u202e ä") == '"\\u009b31m\\u202e ä"'

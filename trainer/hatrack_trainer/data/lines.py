@@ -22,11 +22,13 @@ class Line:
 
 
 def check_data_file(file: Path) -> None:
-    """Raises InvalidData when the file can't be opened."""
+    """Raises InvalidData when the file can't be opened, or is none: a pipe can't be read twice."""
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InvalidData([Problem(file, "is no file: save what it gives as one")])
         file.open("rb").close()
-    except OSError as error:
-        raise InvalidData([Problem(file, f"can't be read: {error.strerror}")]) from None
+    except (OSError, ValueError) as error:  # a path with a NUL in it is a ValueError
+        raise InvalidData([Problem(file, f"can't be read: {getattr(error, 'strerror', error)}")]) from None
 
 
 def read_lines(file: Path) -> tuple[list[Line], list[Problem]]:

@@ -59,4 +59,5 @@ def nearest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | Non
 
 def quoted(text: str) -> str:
     """The text as JSON would write it, on one line that any terminal can show."""
-    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    escaped = json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in escaped)
