@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hatrack.manifest import ARTIFACT_FILES, CONFIG_FILE, artifact_digest, file_sha256
+from hatrack.manifest import CONFIG_FILE, folder_digest
 from hatrack_server.config import EngineConfig
 from hatrack_server.engine.step import Engine
 from hatrack_server.engine.worker import build_engine, describe_base
@@ -28,7 +28,7 @@ def artifact_at(path: Path) -> Artifact:
         config = {}
     virtual = config.get("num_virtual_tokens", 0)
     prefix = virtual if config.get("peft_type") == "PREFIX_TUNING" else 0
-    digest = artifact_digest({name: file_sha256(path / name) for name in ARTIFACT_FILES})
+    digest = folder_digest(path)
     return Artifact(digest, path, virtual - prefix, prefix)
 
 

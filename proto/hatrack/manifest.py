@@ -35,6 +35,11 @@ def artifact_digest(sha256_by_file: dict[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def folder_digest(folder: Path) -> str:
+    """The digest of the artifact in a folder; raises OSError when a file can't be read."""
+    return artifact_digest({name: file_sha256(folder / name) for name in ARTIFACT_FILES})
+
+
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:
     """The four digests of a base, lower-case hexadecimal; two bases are the same when all four are."""

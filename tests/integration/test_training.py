@@ -13,7 +13,7 @@ from tiny import make_checkpoint
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import SFTTrainer
 
-from hatrack.manifest import ARTIFACT_FILES, Manifest, artifact_digest, file_sha256
+from hatrack.manifest import ARTIFACT_FILES, Manifest, file_sha256, folder_digest
 from hatrack_client.cli import run as hatrack
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.load import load_base
@@ -83,7 +83,7 @@ def test_trains_and_writes_an_artifact_that_peft_loads(tiny_llama: Path, data: P
     ]
 
     manifest = Manifest.from_json((out / "manifest.json").read_text())
-    assert manifest.artifact == result.digest == artifact_digest({n: file_sha256(out / n) for n in ARTIFACT_FILES})
+    assert manifest.artifact == result.digest == folder_digest(out)
     assert manifest.base == identify(tiny_llama, "nf4")
     assert manifest.method == "LORA"
     assert manifest.training["steps"] == 3

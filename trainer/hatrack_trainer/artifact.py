@@ -15,13 +15,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from hatrack.manifest import (
-    ARTIFACT_FILES,
     CONFIG_FILE,
     MANIFEST_FILE,
     BaseIdentity,
     Manifest,
-    artifact_digest,
-    file_sha256,
+    folder_digest,
 )
 from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.log import LogEntry, as_json_lines
@@ -108,7 +106,7 @@ def _write_adapter(model: PeftModel, folder: Path) -> str:
         warnings.filterwarnings("ignore", "Adapter 'default': .* invalid shape", UserWarning)
         model.save_pretrained(str(folder), save_embedding_layers=False)
     _sort_config(folder / CONFIG_FILE)
-    return artifact_digest({name: file_sha256(folder / name) for name in ARTIFACT_FILES})
+    return folder_digest(folder)
 
 
 def _write_record(folder: Path, log: Sequence[LogEntry]) -> None:

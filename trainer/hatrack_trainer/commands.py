@@ -19,11 +19,6 @@ from hatrack_trainer.progress import progress_bar
 train = typer.Typer(no_args_is_help=True, help="Make adapters.")
 
 
-@train.callback()
-def _group() -> None:
-    """Make adapters."""  # With one command alone, typer would otherwise drop its name.
-
-
 @train.command()
 def run(config: Annotated[Path, typer.Argument(help="A YAML file; examples/train.yaml explains every key.")]) -> None:
     """Train one adapter as CONFIG says, and write its artifact."""

@@ -13,8 +13,7 @@ from hatrack.manifest import (
     MANIFEST_FILE,
     BaseIdentity,
     Manifest,
-    artifact_digest,
-    file_sha256,
+    folder_digest,
 )
 from hatrack_trainer.errors import UsageError
 
@@ -76,7 +75,7 @@ def read_adapter(folder: Path) -> MergeableAdapter:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} has no {name}")
     method = _mergeable_method(_read_config(folder))
-    digest = artifact_digest({name: file_sha256(folder / name) for name in ARTIFACT_FILES})
+    digest = folder_digest(folder)
     return MergeableAdapter(folder, method, digest, _trained_on(folder, digest))
 
 

@@ -10,20 +10,19 @@ from pathlib import Path
 from hatrack.manifest import BaseIdentity, file_sha256
 from hatrack_server.errors import StartupError
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-FILE_PATTERNS = (*WEIGHT_PATTERNS, "*.json", "*.jinja")
+TEXT_PATTERNS = ("*.json", "*.jinja")
+FILE_PATTERNS = ("*.safetensors", *TEXT_PATTERNS)
 
 
 def resolve_checkpoint(path_or_id: str, *, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded into the hub's own cache first.
 
-    Without `weights`, its configuration is enough.
-
-    Raises StartupError, in one sentence, when there is no such checkpoint or a file is missing.
+    Without `weights`, only its configuration must be there, and of a hub id no weights are downloaded. Raises
+    StartupError, in one sentence, when there is no such checkpoint or a file is missing.
     """
     path = Path(path_or_id)
     if not path.is_dir():
-        path = _download(path_or_id, FILE_PATTERNS if weights else ("config.json",))
+        path = _download(path_or_id, FILE_PATTERNS if weights else TEXT_PATTERNS)
     for name in ("config.json", "tokenizer.json") if weights else ("config.json",):
         if not (path / name).is_file():
             raise StartupError(f"model {path_or_id} has no {name}")

@@ -5,7 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 from typer.testing import CliRunner
 from zoo import EXPECTED_WARNINGS, NOISE, NOT_ON_NF4, ZOO
 
-from hatrack.manifest import ARTIFACT_FILES, BaseIdentity, Manifest, artifact_digest, file_sha256
+from hatrack.manifest import BaseIdentity, Manifest, file_sha256, folder_digest
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.load import load_base
-from hatrack_trainer.artifact import all_or_nothing
 from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.merge import Into, merge
 from hatrack_trainer.merge_command import merge as merge_command
@@ -135,7 +134,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def describe_base(adapter: Path, base: BaseIdentity, **changed: str) -> None:
     """Writes a manifest that names `base`, but for what is `changed`."""
-    digest = changed.pop("artifact", artifact_digest({name: file_sha256(adapter / name) for name in ARTIFACT_FILES}))
+    digest = changed.pop("artifact", folder_digest(adapter))
     names = {key: getattr(base, key) for key in BaseIdentity.__slots__} | changed
     (adapter / "manifest.json").write_text(Manifest(digest, BaseIdentity(**names), "LORA").to_json())
 
@@ -256,30 +255,12 @@ class TestFolder:
     def test_says_what_it_is(self, base: Path, lora: Path, tmp_path: Path) -> None:
         merged = merge(lora, base=str(base), into="dequantized", out=tmp_path / "out")
         card = (tmp_path / "out" / "README.md").read_text()
-        digest = artifact_digest({name: file_sha256(lora / name) for name in ARTIFACT_FILES})
+        digest = folder_digest(lora)
         assert merged.adapter.digest == digest
         for part in ("llama", identify(base, "nf4").weights, f"LORA, digest `{digest}`", "bfloat16", "to a rounding"):
             assert part in card
         for file in (tmp_path / "out").glob("*.*"):
             assert str(tmp_path.parent).encode() not in file.read_bytes()
-
-    def test_is_not_there_after_any_error(self, tmp_path: Path) -> None:
-        for error in (KeyboardInterrupt, ValueError):
-            with pytest.raises(error), all_or_nothing(tmp_path / "deep" / "out", "--out") as partial:
-                fail(error, partial)
-            assert not any(tmp_path.iterdir())
-
-    def test_of_two_at_once_the_first_is_kept_whole(self, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-
-        def fill(name: str, meanwhile: Callable[[], None] = lambda: None) -> None:
-            with all_or_nothing(out, "--out") as partial:
-                meanwhile()
-                (partial / name).touch()
-
-        with pytest.raises(TrainerError, match=r"^--out: .* not empty"):
-            fill("late", lambda: fill("whole"))
-        assert [file.relative_to(tmp_path) for file in tmp_path.rglob("*")] == [Path("out"), Path("out/whole")]
 
     def test_a_full_disk_leaves_nothing(self, base: Path, lora: Path, tmp_path: Path) -> None:
         with largest_file(50_000), pytest.raises(TrainerError, match=r"^--out: .* can't be written: .*File too large"):
@@ -300,11 +281,6 @@ class TestFolder:
         (tmp_path / "file").touch()
         with pytest.raises(UsageError, match=r"^--out: .* exists already; name a new folder"):
             merge(lora, base="no/base", into="original", out=tmp_path)
-
-
-def fail(error: type[BaseException], folder: Path) -> None:
-    (folder / "model.safetensors").touch()
-    raise error
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.text import Text
 
@@ -38,11 +37,6 @@ def validate(section: DataSection, model: str, console: Console) -> None:
 def checkpoint_without_weights(model: str) -> Path:
     """The folder of a base's configuration, tokenizer and template; of a hub id, only these are downloaded."""
     checkpoint = resolve_checkpoint(model, weights=False)
-    if not Path(model).is_dir():
-        try:
-            checkpoint = Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja"]))
-        except OSError:
-            raise UsageError(f"base.model: the tokenizer of {model} can't be downloaded") from None
     if not (checkpoint / "tokenizer.json").is_file():
         raise UsageError(f"base.model: {model} has no tokenizer.json")
     return checkpoint
