@@ -47,8 +47,10 @@ class HostTier:
 
     def put(self, digest: str, pieces: Pieces) -> None:
         """Copies the program, unless it is there already or too large for the whole budget."""
+        if digest in self._copies or not self._budget:
+            return
         size = sum(map(_aligned, _tensors(pieces)))
-        if digest in self._copies or size > self._budget:
+        if size > self._budget:
             return
         while self.bytes + size > self._budget:
             self.drop(next(iter(self._copies)))

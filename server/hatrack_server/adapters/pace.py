@@ -23,7 +23,7 @@ class Paced(TorchFunctionMode):
     def __init__(self, beside_steps: Callable[[], bool]) -> None:
         super().__init__()
         self._beside_steps = beside_steps
-        self._rested = time.thread_time()  # the thread's own time when it last paused, or no step ran
+        self._rested: float | None = None  # the thread's own time when it last paused; None while no step runs
 
     def __torch_function__(
         self,
@@ -37,10 +37,12 @@ class Paced(TorchFunctionMode):
         if self._beside_steps():
             self._pause()
         else:
-            self._rested = time.thread_time()
+            self._rested = None  # no clock is read: a load has thousands of operations
         return result
 
     def _pause(self) -> None:
+        if self._rested is None:
+            self._rested = time.thread_time()
         worked = time.thread_time() - self._rested
         if worked >= BURST_SECONDS:
             time.sleep(PAUSE * worked)

@@ -180,13 +180,6 @@ def tensor_of(tensors: Mapping[str, Tensor], module: str, name: str) -> Tensor:
     return precise(tensors[f"{PREFIX}{module}.{name}"])
 
 
-def scaled(scale: float, tensor: Tensor) -> Tensor:
-    """scale * tensor: in the file's precision where that rounds nothing, else in float32 or better."""
-    # A power of two changes the exponent alone, for which bfloat16 has as much room as float32.
-    exact = str(tensor.dtype) == "torch.bfloat16" and abs(math.frexp(scale)[0]) == 0.5
-    return scale * (tensor if exact else precise(tensor))
-
-
 def precise(tensor: Tensor) -> Tensor:
     """A tensor of a file in float32 or better."""
     return tensor if tensor.itemsize > 4 else tensor.float()

@@ -7,13 +7,16 @@ layer, at the embedding, or at an attention layer.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
+from hatrack_server.adapters.peft_linear import precise
 from hatrack_server.adapters.rank_class import rank_class
 from hatrack_server.kernels.bottleneck import add_bottleneck
 from hatrack_server.kernels.kronecker import add_kronecker
@@ -59,12 +62,18 @@ class Piece:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which `act` takes their stacks."""
-        return tuple(tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None)
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if isinstance(value, Tensor))
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """What a pool pads each tensor to, with zeros: its own, unless a kind knows better."""
         return tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+    def write(self, rows: tuple[Tensor, ...]) -> None:
+        """Copies the tensors into a pool's rows, which have the `shapes`, padding them with zeros."""
+        for row, values in zip(rows, self.tensors, strict=True):
+            _copy(row, values)
 
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
@@ -78,21 +87,32 @@ class Piece:
 
 @dataclass(frozen=True)
 class LowRank(Piece):
-    """y += (x aᵀ) b, the method's scale folded into b."""
+    """y += (x aᵀ) scale b; a pool has the scale folded into its b."""
 
     a: Tensor  # [r, in]
     b: Tensor  # [r, out]
+    scale: float = 1.0
 
     @property
     def rank(self) -> int:
         """r."""
         return self.a.shape[0]
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The rank is padded to its class."""
         rank = rank_class(self.rank)
         return (rank, self.a.shape[1]), (rank, self.b.shape[1])
+
+    def write(self, rows: tuple[Tensor, ...]) -> None:
+        """See Piece. The scale is folded in before b is rounded, unless folding it in rounds nothing."""
+        a, b = rows
+        # A power of two changes bfloat16's exponent alone, for which it has as much room as float32.
+        exact = self.b.dtype is b.dtype is torch.bfloat16 and abs(math.frexp(self.scale)[0]) == 0.5
+        _copy(a, self.a)
+        _copy(b, self.b if exact else self.scale * precise(self.b))
+        if exact:
+            b.mul_(self.scale)  # where it lies: a product of its own would take fresh memory first
 
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
@@ -232,7 +252,7 @@ class Bottleneck(Piece):
     up: Tensor  # [r, width]
     up_bias: Tensor  # [width]
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The width of the bottleneck is padded as a rank is."""
         r, width = self.down.shape
@@ -358,6 +378,12 @@ class ReplacedScores(Piece):
         """See Piece."""
         tokens, rows = stacks
         replace_scores(values, x, tokens, rows, runs)
+
+
+def _copy(row: Tensor, values: Tensor) -> None:
+    if row.shape != values.shape:
+        row = row.zero_()[tuple(map(slice, values.shape))]
+    row.copy_(values, non_blocking=True)
 
 
 Pieces = tuple[tuple[str, Piece], ...]

@@ -79,13 +79,9 @@ class Pool:
         """Undoes one `take`; the row's content may be overwritten from now on."""
         heapq.heappush(self._free, row)
 
-    def write(self, row: int, tensors: Iterable[Tensor]) -> None:
-        """Copies a piece into a taken row, padding it with zeros."""
-        for stack, values in zip(self.stacks, tensors, strict=True):
-            place = stack[row]
-            if place.shape != values.shape:
-                place = place.zero_()[tuple(map(slice, values.shape))]
-            place.copy_(values, non_blocking=True)
+    def write(self, row: int, piece: Piece) -> None:
+        """Copies a piece into a taken row."""
+        piece.write(tuple(stack[row] for stack in self.stacks))
 
     def read(self, row: int) -> Piece:
         """The piece in a taken row, padded as it is: no copy."""
@@ -149,15 +145,15 @@ class Pools:
 
     def place(self, pieces: Pieces) -> Places:
         """Copies the pieces into free rows, growing the pools that have none; if that fails, no row stays taken."""
+        pools = list(self._of_all(pieces))
         # As many rows as programs like this one fit into the budget: most pools never get more.
-        reserve = self.budget // max(1, self.size(pieces))
-        self._grow([pool for pool in self._of_all(pieces) if pool.full], reserve)
+        reserve = self.budget // max(1, sum(pool.row_bytes for pool in pools))
+        self._grow([pool for pool in pools if pool.full], reserve)
         places: list[Place] = []
         try:
-            for module, piece in pieces:
-                pool = self._of(module, piece)
+            for pool, (_, piece) in zip(pools, pieces, strict=True):
                 places.append(Place(pool, pool.take()))
-                pool.write(places[-1].row, piece.tensors)
+                pool.write(places[-1].row, piece)
         except BaseException:
             self.free(places)
             raise

@@ -283,9 +283,9 @@ def keys_of_whole(config: dict[str, Any]) -> set[str]:
 
 def fits(module: str, piece: Piece) -> bool:
     match piece:
-        case OutputLowRank(a, b):
+        case OutputLowRank(a, b, _):
             return a.shape == b.shape == (a.shape[0], LINEARS[module].out_features)
-        case LowRank(a, b):
+        case LowRank(a, b, _):
             shape = LINEARS[module]
             return (a.shape[1], b.shape[1], a.shape[0]) == (shape.in_features, shape.out_features, b.shape[0])
         case Kronecker(w1, w2):

@@ -48,7 +48,7 @@ def test_the_lowest_free_row_is_taken_first(pool: Pool) -> None:
 def test_growing_keeps_what_is_there_and_what_readers_hold(pool: Pool) -> None:
     pool.grow(2)
     row = pool.take()
-    pool.write(row, piece(4, 7.0).tensors)
+    pool.write(row, piece(4, 7.0))
     held = pool.stacks[0]
     pool.grow(3)
     assert pool.capacity == 5
@@ -61,8 +61,8 @@ def test_growing_keeps_what_is_there_and_what_readers_hold(pool: Pool) -> None:
 def test_a_lower_rank_is_padded_with_zeros_over_whatever_was_there(pool: Pool) -> None:
     pool.grow(1)
     row = pool.take()
-    pool.write(row, piece(4, float("nan")).tensors)
-    pool.write(row, piece(3, 2.0).tensors)
+    pool.write(row, piece(4, float("nan")))
+    pool.write(row, piece(3, 2.0))
     assert (pool.stacks[0][row, :3] == 2.0).all()
     assert (pool.stacks[1][row, :3] == -2.0).all()
     assert (pool.stacks[0][row, 3:] == 0).all()
@@ -72,7 +72,7 @@ def test_a_lower_rank_is_padded_with_zeros_over_whatever_was_there(pool: Pool) -
 def test_a_row_is_copied_to_the_lowest_free_one(pool: Pool) -> None:
     pool.grow(4)
     for row in range(3):
-        pool.write(pool.take(), piece(4, float(row)).tensors)
+        pool.write(pool.take(), piece(4, float(row)))
     assert pool.copy_lower(1) == 1  # the one free row lies behind it
     pool.free(0)
     assert pool.copy_lower(2) == 0
@@ -88,7 +88,7 @@ def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: Pool) -> None:
     pool.grow(5)
     rows = [pool.take() for _ in range(3)]
     for row in rows:
-        pool.write(row, piece(4, float(row)).tensors)
+        pool.write(row, piece(4, float(row)))
     pool.free(1)
     assert pool.trim()
     assert pool.capacity == 3

@@ -55,6 +55,7 @@ REFUSED = {
     "OFT": "it rotates what a layer gets, in full",
     "ROAD": "it rotates what a layer gives",
     **dict.fromkeys(("C3A", "FOURIERFT", "HIRA", "RANDLORA", "SHIRA", "WAVEFT"), _FULL_RANK),
+    "PARTIAL": "it changes weights of the base, which all requests share: make a base of it, by hatrack adapters merge",
     **dict.fromkeys(("LILY", "POLY", "SHADOW", "XLORA"), _MIXES),
 }
 

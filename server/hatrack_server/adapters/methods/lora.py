@@ -24,7 +24,6 @@ from hatrack_server.adapters.peft_linear import (
     precise,
     refuse_trained_biases,
     refuse_unknown,
-    scaled,
     spec_of,
     tensor_of,
 )
@@ -127,11 +126,11 @@ def compile(config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseLay
         yield module, EmbeddingLowRank(a.mT, scale * tensor_of(tensors, module, EMBEDDING_B).mT)
     for module, a in modules_in(tensors, A):
         scale = settings.scale(module, a.shape[0])
-        b = scaled(scale, tensors[f"{PREFIX}{module}.{B}"]).mT
-        yield module, LowRank(a, b)
+        b = tensors[f"{PREFIX}{module}.{B}"].mT
+        yield module, LowRank(a, b, scale)
         shift = scale * tensor_of(tensors, module, B_BIAS) if biased else None
         if magnitudes:
-            factor = tensor_of(tensors, module, MAGNITUDE) / _row_norms(base, module, precise(a), precise(b))
+            factor = tensor_of(tensors, module, MAGNITUDE) / _row_norms(base, module, precise(a), scale * precise(b))
             yield module, OutputScale(factor)
             shift = _without_scaled_bias(factor, base.bias(module), shift)
         if shift is not None:
