@@ -39,7 +39,10 @@ static inline __attribute__((always_inline)) void add_scaled(float (*sums)[CHUNK
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         lanes weights[GROUP];
-        for (int r = 0; r < ranks; r++) weights[r] = widen_lanes(b + r * stride + i);
+        for (int r = 0; r < ranks; r++) {
+            weights[r] = widen_lanes(b + r * stride + i);
+            __builtin_prefetch(b + r * stride + i + CHUNK, 0, 2);  // of the next outputs, into the second cache
+        }
         for (int t = 0; t < tokens; t++) {
             lanes sum;
             memcpy(&sum, sums[t] + i, sizeof sum);
