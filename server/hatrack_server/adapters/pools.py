@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hatrack_server.adapters.pieces import Piece, Pieces
 from hatrack_server.adapters.stacks import DenseRows, ReservedRows, Rows, SeparateRows
