@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check proto bench clean
+.PHONY: demo methods-demo test check proto bench clean
 .DEFAULT_GOAL := test
 
 # Made again whenever what it is made from has changed. Without a python3.11+ on PATH, name one: make PYTHON=python3.12
@@ -17,6 +17,9 @@ $(VENV): $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/hatrack demo
+
+methods-demo: $(STAMP)
+	$(BIN)/hatrack demo --methods
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hatrack_trainer.bottleneck import BottleneckConfig
+from hatrack_trainer.tuners.bottleneck import BottleneckConfig
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CAUSAL_LM = "CAUSAL_LM"

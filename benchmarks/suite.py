@@ -20,6 +20,7 @@ RUNS = 3  # of serving, whose systems take turns
 SHORT = {
     "adapter_loading": ["--tokens", "32"],
     "many_adapters": ["--adapters", "64", "--fit", "24", "--requests", "48", "--clients", "12"],
+    "training": ["--runs", "1"],
 }
 
 

@@ -90,6 +90,16 @@ def adapter_loading(document: Row) -> list[list[Row]]:
     return [loads, [{key: row.get(key, "") for key in felt[0]} for row in felt]]
 
 
+def training(document: Row) -> list[list[Row]]:
+    """Both systems, then Hatrack's figures over TRL's beside their bars."""
+    systems = [{"system": name} | document[name] for name in ("hatrack", "trl")]
+    compared = [
+        {"hatrack over trl": key, "ratio": ratio, "bar": document["bars"][key]}
+        for key, ratio in document["ratio"].items()
+    ]
+    return [systems, compared]
+
+
 def kernels(document: Row) -> list[list[Row]]:
     """As its own table has them."""
     return [document["cases"]]
@@ -101,4 +111,5 @@ TABLES: dict[str, Callable[[Row], list[list[Row]]]] = {
     "many_adapters": many_adapters,
     "adapter_loading": adapter_loading,
     "kernels": kernels,
+    "training": training,
 }

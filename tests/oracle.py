@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hatrack_server.kernels.nf4_linear import dequantized
 from hatrack_server.model.load import load_base
 
-REPLACING = ("modules_to_save", "trainable_tokens_delta", "ln_tuning_layers")
+REPLACING = ("modules_to_save", "trainable_tokens_delta", "ln_tuning_layers", "partial_weights")
 NOISE = 0.1  # standard deviation of random adapter weights
 
 

@@ -29,7 +29,7 @@ from peft import (
     VeraConfig,
 )
 
-from hatrack_trainer.bottleneck import BottleneckConfig
+from hatrack_trainer.tuners.bottleneck import BottleneckConfig
 
 CAUSAL_LM = "CAUSAL_LM"
 UP, DOWN = ["up_proj", "fc1"], ["down_proj", "fc2"]  # what Phi calls otherwise

@@ -1,5 +1,6 @@
 """The Hatrack client: `Client`, `AsyncClient`, what they return and what they raise."""
 
+from hatrack_client._connection import DEFAULT_SERVER
 from hatrack_client.aio import AsyncClient, AsyncGenerationStream
 from hatrack_client.client import Client, GenerationStream
 from hatrack_client.errors import (
@@ -32,6 +33,7 @@ from hatrack_client.types import (
 )
 
 __all__ = [
+    "DEFAULT_SERVER",
     "Aborted",
     "Adapter",
     "AdapterState",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC
 
+from hatrack.manifest import BaseIdentity
 from hatrack.v1 import adapters_pb2, inference_pb2
 from hatrack_client.types import (
     Adapter,
@@ -90,6 +91,11 @@ def read_adapter(adapter: adapters_pb2.Adapter) -> Adapter:
     """An adapter with its versions, newest first as the server sends them."""
     versions = tuple(map(_version, adapter.versions))
     return Adapter(adapter.name, adapter.live_version, versions, adapter.etag, adapter.version)
+
+
+def read_base(base: adapters_pb2.Base) -> BaseIdentity:
+    """The four digests of the base that is served."""
+    return BaseIdentity(base.weights, base.quantization, base.tokenizer, base.chat_template)
 
 
 def _version(version: adapters_pb2.AdapterVersion) -> AdapterVersion:

@@ -9,12 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
+from hatrack.manifest import BaseIdentity
 from hatrack.v1 import adapters_pb2
 from hatrack.v1.adapters_pb2_grpc import AdapterServiceStub
 from hatrack.v1.inference_pb2_grpc import InferenceServiceStub
 from hatrack_client._connection import DEFAULT_SERVER, Connection
 from hatrack_client._requests import generate_request, previous_version, set_live_version
-from hatrack_client._responses import StreamReader, read_adapter, read_generation
+from hatrack_client._responses import StreamReader, read_adapter, read_base, read_generation
 from hatrack_client._upload import Progress, Upload
 from hatrack_client.errors import typed_errors
 from hatrack_client.types import Adapter, Delta, Generation, Message, Sampling
@@ -143,6 +144,12 @@ class AsyncClient:
         request = adapters_pb2.DeleteAdapterRequest(name=name)
         with typed_errors():
             await self._adapters.DeleteAdapter(request, timeout=self._timeout, metadata=self._metadata)
+
+    async def get_base(self) -> BaseIdentity:
+        """The base that is served: an adapter that was trained on the same four is served as it was trained."""
+        request = adapters_pb2.GetBaseRequest()
+        with typed_errors():
+            return read_base(await self._adapters.GetBase(request, timeout=self._timeout, metadata=self._metadata))
 
     async def _update(self, request: adapters_pb2.UpdateAdapterRequest) -> Adapter:
         with typed_errors():

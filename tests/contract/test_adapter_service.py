@@ -14,8 +14,9 @@ from contract.conftest import Harness, failure
 from contract.fake_engine import BASE
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from hatrack.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest, artifact_digest
+from hatrack.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, BaseIdentity, Manifest, artifact_digest
 from hatrack.v1 import adapters_pb2 as pb
+from hatrack.v1 import inference_pb2
 from hatrack_server.catalog import gate
 from hatrack_server.errors import GenerationFailed, Unavailable
 
@@ -53,17 +54,55 @@ async def test_versions_come_live_and_back(harness: Harness) -> None:
     assert harness.artifacts() == []
 
 
-async def test_a_version_is_held_against_the_base_that_is_served_now(harness: Harness) -> None:
+def trained_on(base: BaseIdentity) -> dict[str, bytes]:
     files = lora()
     digest = artifact_digest({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
-    files[MANIFEST_FILE] = Manifest(digest, BASE.identity, "LORA").to_json().encode()
-    made = await harness.adapters.UploadAdapter(upload("tone", files))
+    return {**files, MANIFEST_FILE: Manifest(digest, base, "LORA").to_json().encode()}
+
+
+async def test_a_version_is_held_against_the_base_that_is_served_now(harness: Harness) -> None:
+    made = await harness.adapters.UploadAdapter(upload("tone", trained_on(BASE.identity)))
     assert (made.versions[0].verified, list(made.versions[0].warnings)) == (True, [])
     harness.engine.loaded = replace(BASE, identity=replace(BASE.identity, chat_template="d" * 64))
     [got] = (await harness.adapters.ListAdapters(pb.ListAdaptersRequest())).adapters
     assert not got.versions[0].verified
     [warning] = got.versions[0].warnings
     assert "chat template" in warning
+
+
+async def test_an_adapter_of_another_chat_template_is_refused(harness: Harness) -> None:
+    other = replace(BASE.identity, chat_template="d" * 64)
+    got = await failure(harness.adapters.UploadAdapter(upload("tone", trained_on(other))))
+    assert (got.code, got.field) == (Code.INVALID_ARGUMENT, "manifest.json: base.chat_template")
+    assert got.message == (
+        "manifest.json: base.chat_template: it was trained with another chat template than this server's"
+    )
+    await nothing_is_left(harness)
+
+
+@pytest.mark.parametrize("files", [trained_on(BASE.identity), lora()], ids=["with a manifest", "without"])
+async def test_no_chat_reaches_an_adapter_that_learned_another_template(
+    harness: Harness, files: dict[str, bytes]
+) -> None:
+    await harness.adapters.UploadAdapter(upload("tone", files))
+    harness.engine.loaded = replace(BASE, identity=replace(BASE.identity, chat_template="d" * 64))
+    chat = inference_pb2.GenerateRequest(adapter="tone", chat={"messages": [{"role": "user", "content": "hi"}]})
+    if MANIFEST_FILE in files:
+        got = await failure(harness.inference.Generate(chat))
+        assert (got.code, got.message) == (
+            Code.FAILED_PRECONDITION,
+            "tone@1 was trained with another chat template than this server's: send a prompt, or train it again",
+        )
+    else:
+        await harness.inference.Generate(chat)
+    await harness.inference.Generate(inference_pb2.GenerateRequest(adapter="tone", prompt="hi"))
+
+
+async def test_the_base_can_be_asked_for(harness: Harness) -> None:
+    base = await harness.adapters.GetBase(pb.GetBaseRequest())
+    assert BaseIdentity(base.weights, base.quantization, base.tokenizer, base.chat_template) == BASE.identity
+    harness.engine.loaded = None
+    assert (await failure(harness.adapters.GetBase(pb.GetBaseRequest()))).code is Code.UNAVAILABLE
 
 
 async def test_the_canary_runs_the_staged_adapter(harness: Harness) -> None:

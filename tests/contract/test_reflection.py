@@ -68,6 +68,7 @@ async def test_a_client_that_knows_only_reflection_calls_every_method(harness: H
         (f"{inference}/Generate", [{"prompt": "hi", "adapter": "tone"}]),
         (f"{inference}/StreamGenerate", [{"prompt": "hi"}]),
         (f"{adapters}/DeleteAdapter", [{"name": "tone"}]),
+        (f"{adapters}/GetBase", [{}]),
     ):
         called[path] = await server.call(path, *requests)
     assert called.keys() == ours

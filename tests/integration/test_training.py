@@ -79,7 +79,7 @@ def test_trains_and_writes_an_artifact_that_peft_loads(tiny_llama: Path, data: P
         f'{data}: 8 rows read as chat, {{"messages": [{{"role", "content"}}, …]}}',
         f'{data}: 8 rows read as chat, {{"messages": [{{"role", "content"}}, …]}}',
         f"{data}: its loss says little of new text, for {data} also has 8 rows (lines 1, 2, 3, 4, 5, …)",
-        "paged_adamw_32bit needs CUDA: this run uses AdamW in 32 bits, unpaged, on the CPU",
+        "paged_adamw_32bit pages CUDA's memory: on the CPU this run uses adamw_torch, the same unpaged",
     ]
 
     manifest = Manifest.from_json((out / "manifest.json").read_text())

@@ -23,13 +23,13 @@ from hatrack_server.catalog.gate import describe
 from hatrack_server.config import EngineConfig
 from hatrack_server.model.load import load_base
 from hatrack_server.model.paged import PagedModel
-from hatrack_trainer.adalora import skewness
 from hatrack_trainer.config import BaseSection, DataSection, OutputSection, TrainConfig, TrainSection
 from hatrack_trainer.data import Example
 from hatrack_trainer.errors import TrainingStopped, UsageError
 from hatrack_trainer.methods import Method, methods, read_method
 from hatrack_trainer.run import train
 from hatrack_trainer.sft import GradientWatch, make_trainer
+from hatrack_trainer.tuners.adalora import skewness
 
 # PEFT takes what AdaLoRA has pruned to rank 0 for a shard that was not gathered.
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.s. have invalid shape")
@@ -44,6 +44,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "lokr": {"rank": 2},
     "lora": {"rank": 4},
     "p_tuning": {"tokens": 6},
+    "partial": {"parts": ["norms"]},
     "prefix_tuning": {"tokens": 6},
     "prompt_tuning": {"tokens": 6},
     "rslora": {"rank": 4},
@@ -203,6 +204,13 @@ def test_a_whole_run_in_16_bits(checkpoint: Path, tmp_path: Path, server: InProc
     assert manifest.training["settings"]["learning_rate"] == section(name).default_learning_rate
     spec = describe(tmp_path / "out", server.engine.model.layers.shapes, max_rank=server.config.max_rank)
     assert spec.method == manifest.method
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_adalora_ends_well_after_fewer_steps_than_it_prunes_in(checkpoint: Path, tmp_path: Path, steps: int) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert train(configure(checkpoint, "adalora", data=data, out=tmp_path / "out", steps=steps)).steps == steps
 
 
 def test_nothing_of_adalora_is_trained_that_is_not_saved(checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import generate_latest
 
-from hatrack_server.catalog.names import is_name
+from hatrack.names import is_adapter_name
 from hatrack_server.errors import StartupError
 from hatrack_server.metrics import MAX_ADAPTER_SERIES, OTHER, Metrics, MetricsEndpoint
 from hatrack_server.types import EngineStats
@@ -135,7 +135,7 @@ def test_an_adapter_called_other_is_not_the_others(metrics: Metrics) -> None:
     metrics.token_count("other", "other")(3)
     assert value(metrics, "hatrack_adapter_completion_tokens_total", tenant="other", adapter="other") == 3
     assert tokens(metrics, OTHER) == 0
-    assert not is_name(OTHER)
+    assert not is_adapter_name(OTHER)
 
 
 def test_served_over_http(metrics: Metrics, endpoint: MetricsEndpoint) -> None:

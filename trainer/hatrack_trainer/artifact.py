@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from hatrack.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
+    WEIGHTS_FILE,
     BaseIdentity,
     Manifest,
     folder_digest,
@@ -25,8 +26,7 @@ from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.log import LogEntry, as_json_lines
 from hatrack_trainer.loss_plot import draw_losses
 from hatrack_trainer.model_card import model_card
-
-RECORD = "training"  # the folder of the log and its plot
+from hatrack_trainer.unfinished import RECORD, forget, is_unfinished
 
 
 def check_output_folder(folder: Path, option: str = "output.dir") -> None:
@@ -36,6 +36,10 @@ def check_output_folder(folder: Path, option: str = "output.dir") -> None:
     """
     target = folder.resolve()
     try:
+        if is_unfinished(target):
+            raise UsageError(
+                f"{option}: {folder} holds an unfinished run: `hatrack train resume {folder}` goes on with it"
+            )
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UsageError(f"{option}: {folder} exists already; name a new folder")
         existing = next(parent for parent in target.parents if parent.exists())
@@ -54,19 +58,24 @@ def write_artifact(
     training: dict[str, Any],
     log: Sequence[LogEntry],
 ) -> str:
-    """Writes everything to `folder`, or nothing, and returns the artifact's digest.
+    """Writes everything to `folder`, or nothing, and returns the artifact's digest. A run's checkpoints there go.
 
-    `base_name` is what adapter_config.json will call the base: the name the user gave, not where it was loaded from.
+    `base_name` is the name that the user gave; adapter_config.json and the card tell its public part.
     """
     config = model.peft_config["default"]
-    config.base_model_name_or_path = base_name
-    with all_or_nothing(folder, "output.dir") as partial:
+    config.base_model_name_or_path = base_name = public_name(base_name)
+    with (finishing if is_unfinished(folder) else all_or_nothing)(folder, "output.dir") as partial:
         digest = _write_adapter(model, partial)
         manifest = Manifest(artifact=digest, base=base, method=config.peft_type.value, training=training)
         (partial / MANIFEST_FILE).write_text(manifest.to_json())
         (partial / "README.md").write_text(model_card(base_name, manifest))  # in place of PEFT's
         _write_record(partial / RECORD, log)
     return digest
+
+
+def public_name(base: str) -> str:
+    """What others may read of a base's name: a hub id as it is, of a path of this machine the folder's name alone."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 @contextmanager
@@ -78,24 +87,49 @@ def all_or_nothing(folder: Path, option: str) -> Iterator[Path]:
     folder = folder.resolve()
     missing = [parent for parent in folder.parents if not parent.exists()]
     partial = None
+    with writing(folder, option):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Another process may be writing to the same place: each has a name of its own.
+            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            partial.chmod(0o755)  # temporary folders are for their owner alone
+            yield partial
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        except BaseException:
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                for parent in missing:
+                    parent.rmdir()
+            raise
+
+
+@contextmanager
+def writing(folder: Path, option: str) -> Iterator[None]:
+    """Raises TrainerError, naming the option, when what is done within can't write to `folder`."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may be writing to the same place: each has a name of its own.
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        partial.chmod(0o755)  # temporary folders are for their owner alone
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainerError(f"{option}: {folder} can't be written: {error}") from None
+
+
+@contextmanager
+def finishing(folder: Path, option: str) -> Iterator[Path]:
+    """A folder to be filled, whose files go to `folder` in the end, where the run's checkpoints make room for them.
+
+    The weights go last, by one rename: without them there is no artifact, and the run can go on.
+    """
+    with writing(folder, option), tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
+        partial = Path(name)
         yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            raise TrainerError(f"{option}: {folder} can't be written: {error}") from None
-        raise
+        files = [file for file in partial.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == WEIGHTS_FILE):
+            target = folder / file.relative_to(partial)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
+    forget(folder)
 
 
 def _write_adapter(model: PeftModel, folder: Path) -> str:

@@ -1,20 +1,21 @@
-"""The training configuration: one YAML file, validated once and then frozen."""
+"""The training configuration: what one YAML file may hold, validated once and then frozen."""
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
-from hatrack_trainer.errors import ConfigError
-from hatrack_trainer.methods import Method, method_of, methods, read_method
+from hatrack.names import NAME_RULE, is_adapter_name
+from hatrack_trainer.methods import Method, read_method
 from hatrack_trainer.methods.lora import Lora
-from hatrack_trainer.section import FilePath, Real, Section
+from hatrack_trainer.section import FilePath, PositiveReal, Real, Section
 
-METHOD_KEY = ("adapter", "method")
+
+def _adapter_name(text: str) -> str:
+    if not is_adapter_name(text):
+        raise ValueError(NAME_RULE)
+    return text
 
 
 class BaseSection(Section):
@@ -31,7 +32,7 @@ class DataSection(Section):
 
     train: FilePath
     eval: FilePath | None = None
-    """Held-out rows; their loss is taken once, after the last step."""
+    """Held-out rows, whose loss is taken as the section eval says."""
     format: Literal["auto", "prompt-completion", "chat", "alpaca", "sharegpt", "text", "preference"] = "auto"
     """What the rows are; auto: told from their keys, for each file, and said."""
     loss: Literal["completion", "assistant"] = "completion"
@@ -39,6 +40,13 @@ class DataSection(Section):
     all of a text."""
     max_length: int = Field(default=1024, ge=2)
     """A row's tokens, prompt and completion together; what is beyond is cut off."""
+
+
+Optimizer = Literal[
+    "paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_8bit", "adamw_torch", "adamw_8bit", "lion_8bit"
+]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
+"""By transformers' names."""
 
 
 class TrainSection(Section):
@@ -51,14 +59,26 @@ class TrainSection(Section):
     """Rows in memory at once."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Batches per optimizer step."""
-    learning_rate: Real | None = Field(default=None, gt=0)
+    learning_rate: PositiveReal | None = None
     """Absent: the adapter method's own, which suits bases of a billion parameters or less; larger ones want less."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: Real = Field(default=0.0, ge=0)
     max_grad_norm: Real = Field(default=1.0, gt=0)
-    optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"
-    """Paged: states move to host memory when the device is full (QLoRA, Dettmers et al. 2023). Needs CUDA."""
+    optimizer: Optimizer = "paged_adamw_32bit"
+    """Paged: states move to host memory when the device is full (QLoRA, Dettmers et al. 2023); unpaged on the CPU. Lion
+    (Chen et al. 2023, arXiv:2302.06675) wants a third to a tenth of AdamW's learning rate."""
+    packing: bool = False
+    """Lay several documents in a row of data.max_length tokens, each kept apart from the others: less padding."""
+    neftune_alpha: PositiveReal | None = None
+    """Noise on the embeddings while training (NEFTune, Jain et al. 2023, arXiv:2310.05914): 5 to 15; absent: none. It
+    is spread over a whole row, so that packed documents get less."""
+    dpo_beta: Real = Field(default=0.1, gt=0)
+    """Of preference pairs: how dear it is to leave the base (DPO, Rafailov et al. 2023, arXiv:2305.18290)."""
+    trackers: list[Tracker] = Field(default=[])
+    """Where each step's figures go besides the log; each needs its own package."""
+    logging_dir: FilePath | None = None
+    """The folder of TensorBoard's event files."""
     activation_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -66,11 +86,40 @@ class TrainSection(Section):
     """torch's CPU threads; absent: torch's own choice."""
 
 
+class EvalSection(Section):
+    """When the loss of the held-out rows is taken."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between two; the adapter with the lowest loss is what is written. Absent: once, after the last
+    step."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """The run stops early after so many in a row without a lower loss; absent: it never does."""
+
+
 class OutputSection(Section):
-    """Where the artifact goes."""
+    """Where the artifact goes, and what a run that is cut short leaves."""
 
     dir: FilePath
     """Must not exist yet, or be empty."""
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = 500
+    """Optimizer steps between two checkpoints, from which `hatrack train resume` goes on; null: none."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest, and the best where `eval.every` looks for it; a finished run keeps none."""
+
+
+class RegistrationSection(Section):
+    """What `--register` does with the finished artifact; the API key is taken from HATRACK_API_KEY."""
+
+    name: Annotated[str, AfterValidator(_adapter_name)] | None = None
+    """The adapter's; one that is there already gets its next version."""
+    server: str | None = None
+    """HOST:PORT; absent: HATRACK_SERVER, or the server on this machine."""
+    stage: bool = False
+    """Leave the live version as it is: `hatrack adapters promote` comes later."""
+    tls: bool = False
+    """Use TLS, trusting the system's certificates."""
+    tls_ca: FilePath | None = None
+    """Use TLS, trusting these certificates (PEM)."""
 
 
 class TrainConfig(Section):
@@ -80,68 +129,28 @@ class TrainConfig(Section):
     adapter: SerializeAsAny[Annotated[Method, BeforeValidator(read_method)]] = Lora()
     data: DataSection
     train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
     output: OutputSection
+    registration: RegistrationSection = RegistrationSection()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.train.activation_checkpointing and not self.adapter.allows_checkpointing:
             raise ValueError(f"train.activation_checkpointing: does not work with adapter.method {self.adapter.method}")
+        if self.train.packing and not self.adapter.allows_packing:
+            raise ValueError(f"train.packing: does not work with adapter.method {self.adapter.method}")
+        if "tensorboard" in self.train.trackers and self.train.logging_dir is None:
+            raise ValueError("train.logging_dir: missing; tensorboard, in train.trackers, writes its files there")
+        events = self.train.logging_dir
+        if events is not None and events.resolve().is_relative_to(self.output.dir.resolve()):
+            raise ValueError("train.logging_dir: must lie outside output.dir, which is written as a whole")
+        if self.eval.every is not None and self.data.eval is None:
+            raise ValueError("eval.every: needs data.eval")
+        if self.eval.patience is not None and self.eval.every is None:
+            raise ValueError("eval.patience: needs eval.every")
         return self
 
     @property
     def learning_rate(self) -> float:
         """What the optimizer begins with: `train.learning_rate`, or the method's own."""
         return self.train.learning_rate or self.adapter.default_learning_rate
-
-
-def load_config(path: Path) -> TrainConfig:
-    """Reads and validates a YAML file; relative paths in it are relative to the working directory.
-
-    Raises ConfigError, one sentence that names the first wrong key, and for an unknown key the nearest known one.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets through what dates and integers raise
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must hold the sections {', '.join(TrainConfig.model_fields)}")
-    # A section whose keys are all commented out is null to YAML.
-    sections = {name: section for name, section in raw.items() if section is not None}
-    try:
-        return TrainConfig.model_validate(sections)
-    except ValidationError as error:
-        first = min(error.errors(), key=_urgency)
-        raise ConfigError(f"{path}: {_sentence(first, sections)}") from None
-
-
-def _urgency(error: Any) -> tuple[bool, bool]:
-    """The wrong method comes first, whose keys are the default's; then unknown keys: a misspelt one is missing, too."""
-    return error["loc"] != METHOD_KEY, error["type"] != "extra_forbidden"
-
-
-def _sentence(error: Any, sections: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"][:2]]  # beyond section and key it names pydantic's union members
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1], sections), n=1)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
-    if error["type"] == "missing":
-        return f"{key}: missing"
-    if error["type"] == "model_type":
-        return f"{key}: must be a section, with keys of its own"
-    if error["type"] == "value_error":  # one of our own validators
-        return f"{key}: {error['ctx']['error']}".removeprefix(": ")
-    if error["loc"] == METHOD_KEY:
-        return f"{key}: must be one of {', '.join(methods())}"
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _known_keys(section: list[str], sections: dict[str, Any]) -> list[str]:
-    if section == ["adapter"]:
-        return list(method_of(sections["adapter"]).model_fields)
-    model: type[BaseModel] = TrainConfig
-    for name in section:
-        model = model.model_fields[name].annotation  # type: ignore[assignment]
-    return list(model.model_fields)

@@ -4,7 +4,9 @@ TrainerError
 ├── UsageError             the user's mistake: `hatrack train` exits with 2
 │   ├── ConfigError        a key of the YAML file
 │   └── DataError          the data; its subclass InvalidData lists every wrong row, a line each
-└── TrainingStopped        the run could not go on: exits with 1, and nothing is written
+├── TrainingStopped        the run could not go on: exits with 1, and only checkpoints are left
+│   └── NotFinite          a loss or a gradient is no number
+└── NoEstimate             a step of this base can't be sketched: a run goes on without
 """
 
 
@@ -26,3 +28,11 @@ class DataError(UsageError):
 
 class TrainingStopped(TrainerError):
     """The run could not go on."""
+
+
+class NotFinite(TrainingStopped):
+    """A loss or a gradient is not a number, and would be again from the weights that it came of."""
+
+
+class NoEstimate(TrainerError):
+    """It is not known how much memory the run needs."""

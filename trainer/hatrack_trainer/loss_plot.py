@@ -27,7 +27,7 @@ def draw_losses(entries: Sequence[LogEntry], stem: Path) -> list[Path]:
         axes.plot(steps, smoothed([loss for _, loss in train]), color=COLOURS["smoothed"], label="mean")
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), "o-", color=COLOURS["eval_loss"], label="held-out rows")
-    axes.set(xlabel="optimizer step", ylabel="loss per token (nats)", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     files = [stem.with_suffix(suffix) for suffix in SUFFIXES]

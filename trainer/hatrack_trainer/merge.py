@@ -21,10 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+import hatrack_trainer.tuners.partial  # noqa: F401 - PEFT then knows PARTIAL
 from hatrack.manifest import WEIGHTS_FILE, BaseIdentity
 from hatrack_server.model.checkpoint import identify, resolve_checkpoint
 from hatrack_server.model.load import load_base, read_config
-from hatrack_trainer.artifact import all_or_nothing, check_output_folder
+from hatrack_trainer.artifact import all_or_nothing, check_output_folder, public_name
 from hatrack_trainer.errors import UsageError
 from hatrack_trainer.mergeable import MergeableAdapter, read_adapter
 
@@ -80,7 +81,7 @@ def merge(
     be written to the end, or the server's StartupError for the base.
     """
     adapter = read_adapter(folder)
-    _check_out(out, base)
+    _check_out(out, folder, base)
     checkpoint = resolve_checkpoint(base)
     _refuse_lack_of_originals(checkpoint, into, base)
     identity = identify(checkpoint, "none" if into == "original" else "nf4")
@@ -88,14 +89,16 @@ def merge(
         say(doubt)
     model = _merged(_plain_base(checkpoint, into), folder).to(DTYPES[precision])
     _refuse_non_finite(model)
-    merged = Merged(out, checkpoint.resolve().name if Path(base).is_dir() else base, adapter)
+    merged = Merged(out, public_name(base), adapter)
     with all_or_nothing(out, "--out") as partial:
         _save(model, checkpoint, partial)
         (partial / "README.md").write_text(_card(merged, identity, into, precision))
     return merged
 
 
-def _check_out(out: Path, base: str) -> None:
+def _check_out(out: Path, adapter: Path, base: str) -> None:
+    if out.resolve().is_relative_to(adapter.resolve()):
+        raise UsageError(f"--out: {out} is in the adapter's folder, where nothing is ever written")
     if Path(base).is_dir() and out.resolve().is_relative_to(Path(base).resolve()):
         raise UsageError(f"--out: {out} is in the base's folder, where nothing is ever written")
     check_output_folder(out, "--out")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from hatrack_trainer.commands import reporting_errors
+from hatrack_trainer.commands import check_base_option, reporting_errors
 
 INTO = (
     "dequantized: the NF4 weights that QLoRA adapters learn and are served on; answers are the server's to a rounding. "
@@ -25,6 +25,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, as a checkpoint for transformers alone; takes 4 bytes of memory per weight."""
     with reporting_errors():
+        check_base_option(base)
         console = Console(stderr=True)
         with console.status("importing torch"):
             from hatrack_trainer.merge import MEANING

@@ -20,7 +20,7 @@ from hatrack_trainer.errors import UsageError
 # By PEFT's names: those whose merged weights the tests compare with the adapter itself.
 MERGEABLE = frozenset({
     "ADALORA", "C3A", "DEFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
-    "LORA", "MISS", "OFT", "RANDLORA", "ROAD", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA",
+    "LORA", "MISS", "OFT", "PARTIAL", "RANDLORA", "ROAD", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA",
     "WAVEFT",
 })  # fmt: skip
 NO_CHANGE_OF_WEIGHTS = frozenset({

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
+
 
 # Strict but for these two: YAML has no paths, and PyYAML reads `2e-4` (no dot) as text.
 FilePath = Annotated[Path, Field(strict=False)]
-Real = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+Real = Annotated[float, Field(strict=False, allow_inf_nan=False), BeforeValidator(_no_truth_value)]
+PositiveReal = Annotated[float, Field(strict=False, allow_inf_nan=False, gt=0), BeforeValidator(_no_truth_value)]
+"""For what may be absent, too: a bound beside `Real | None` would be none of the number's."""
 
 
 class Section(BaseModel):
     """What all parts of the configuration share."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)

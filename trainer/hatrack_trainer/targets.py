@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hatrack_server.model.load import read_config
 from hatrack_trainer.errors import UsageError
@@ -29,7 +29,7 @@ def check_targets(targets: list[str] | Literal["all-linear"], checkpoint: Path) 
     """
     if not targets or targets == "all-linear":
         return
-    base = _without_weights(checkpoint)
+    base = without_weights(read_config(checkpoint))
     head = base.get_output_embeddings()
     modules = dict(base.named_modules())
     linears = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
@@ -42,8 +42,8 @@ def check_targets(targets: list[str] | Literal["all-linear"], checkpoint: Path) 
             raise UsageError(f"adapter.target_modules: {target} {wrong}; take some of {known}")
 
 
-def _without_weights(checkpoint: Path) -> PreTrainedModel:
-    config = read_config(checkpoint)
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The base's modules, which hold no numbers; raises UsageError for what is no causal LM."""
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -128,3 +128,19 @@ class DeleteAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     name: str
     def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class GetBaseRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Base(_message.Message):
+    __slots__ = ("weights", "quantization", "tokenizer", "chat_template")
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    weights: str
+    quantization: str
+    tokenizer: str
+    chat_template: str
+    def __init__(self, weights: _Optional[str] = ..., quantization: _Optional[str] = ..., tokenizer: _Optional[str] = ..., chat_template: _Optional[str] = ...) -> None: ...

@@ -61,6 +61,11 @@ class AdapterServiceStub:
                 request_serializer=hatrack_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.GetBase = channel.unary_unary(
+                '/hatrack.v1.AdapterService/GetBase',
+                request_serializer=hatrack_dot_v1_dot_adapters__pb2.GetBaseRequest.SerializeToString,
+                response_deserializer=hatrack_dot_v1_dot_adapters__pb2.Base.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -102,6 +107,13 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBase(self, request, context):
+        """The base that adapters are checked against: who trains one can ask before the run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +141,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DeleteAdapter,
                     request_deserializer=hatrack_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'GetBase': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBase,
+                    request_deserializer=hatrack_dot_v1_dot_adapters__pb2.GetBaseRequest.FromString,
+                    response_serializer=hatrack_dot_v1_dot_adapters__pb2.Base.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +284,33 @@ class AdapterService:
             '/hatrack.v1.AdapterService/DeleteAdapter',
             hatrack_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hatrack.v1.AdapterService/GetBase',
+            hatrack_dot_v1_dot_adapters__pb2.GetBaseRequest.SerializeToString,
+            hatrack_dot_v1_dot_adapters__pb2.Base.FromString,
             options,
             channel_credentials,
             insecure,

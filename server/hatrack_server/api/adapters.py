@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import grpc
@@ -36,7 +36,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdapterService(pb_grpc.AdapterServiceServicer):
-    """Uploads, lists, promotes and deletes the adapters of the caller's tenant."""
+    """Uploads, lists, promotes and deletes the adapters of the caller's tenant, and says what base they are for."""
 
     def __init__(
         self, engine: EngineClient, catalog: Catalog, codec: TextCodec, metrics: Metrics, *, max_rank: int
@@ -142,6 +142,10 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
             self._metrics.forget_adapter(tenant(), name)
         log.info("delete", tenant=tenant(), adapter=request.name)
         return Empty()
+
+    async def GetBase(self, request: pb.GetBaseRequest, context: Context) -> pb.Base:  # noqa: N802, ARG002
+        """Which base is served."""
+        return pb.Base(**asdict(self._engine.base.identity))
 
 
 def _header(part: pb.UploadAdapterRequest | None) -> pb.UploadHeader:

@@ -21,7 +21,7 @@ from hatrack_server.api.timing import Stopwatch
 from hatrack_server.api.transcript import Piece, Transcript
 from hatrack_server.catalog import Catalog, Lease
 from hatrack_server.engine.client import EngineClient
-from hatrack_server.errors import DeadlinePassed, Unavailable
+from hatrack_server.errors import DeadlinePassed, FailedPrecondition, Unavailable
 from hatrack_server.metrics import Metrics
 from hatrack_server.text.codec import TextCodec
 from hatrack_server.text.stops import StopStrings
@@ -71,6 +71,7 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         check_supported(request)
         sampling, stops = read_sampling(request.sampling, base), read_stops(request.sampling)
         async with self._lease(request.adapter, base) as lease:
+            _check_template(request, lease, base)
             count_tokens = None if lease is None else self._metrics.token_count(tenant(), lease.name)
             prompt = await self._prompt(request, base)
             virtual_tokens = lease.artifact.virtual_tokens if lease else 0
@@ -151,6 +152,17 @@ def _deadline(context: Context) -> float | None:
     """The client's deadline on time.monotonic(); None without one."""
     remaining: float | None = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
+
+
+def _check_template(request: pb.GenerateRequest, lease: Lease | None, base: BaseInfo) -> None:
+    """Raises FailedPrecondition for a chat that would be rendered otherwise than those that the adapter learned."""
+    if lease is None or lease.trained_on is None or not request.HasField("chat"):
+        return
+    if lease.trained_on.chat_template != base.identity.chat_template:
+        raise FailedPrecondition(
+            f"{lease.name}@{lease.version} was trained with another chat template than this server's: send a prompt, "
+            "or train it again"
+        )
 
 
 def _end(lease: Lease | None, prompt_tokens: int, transcript: Transcript, stopwatch: Stopwatch) -> pb.GenerateEnd:

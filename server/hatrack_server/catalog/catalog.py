@@ -185,7 +185,7 @@ class Catalog:
             held = Held(adapter.id, version, digest)
             self._references.take(held)
         artifact = Artifact(digest, self._store.path(digest), served.soft_tokens, served.prefix_tokens)
-        return Lease(adapter.name, version, artifact, lambda: self._release(held))
+        return Lease(adapter.name, version, artifact, served.trained_on, lambda: self._release(held))
 
     def _release(self, held: Held) -> None:
         with self._database.lock:

@@ -24,6 +24,8 @@ _OTHER = {
     "tokenizer": "it was trained with another tokenizer than this server's",
     "chat_template": "it was trained with another chat template than this server's",
 }
+# With these others it would answer all the same, only worse.
+_REFUSED = ("weights", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def check(artifact: Artifact, base: BaseInfo, *, max_rank: int) -> Checked:
 
     Raises InvalidArtifact naming the file, key or tensor that is wrong: JSON that isn't plain and small, a method or
     setting that isn't served, tensors other than the configuration asks for on this base, numbers that aren't finite,
-    or a manifest that names other content or another base's weights.
+    or a manifest that names other content, another base's weights or another chat template.
     """
     spec = describe(artifact.path, base.shapes, max_rank=max_rank)
     if spec.virtual_tokens > base.max_model_len - 2:  # a prompt and a completion have at least one token each
@@ -84,8 +86,9 @@ def _check_manifest(manifest: Manifest, artifact: Artifact, spec: ProgramSpec, o
             raise InvalidArtifact(
                 f"{MANIFEST_FILE}: base.{key}", f"must have at most {MAX_DIGEST_CHARACTERS} ASCII characters"
             )
-    if manifest.base.weights != ours.weights:
-        raise InvalidArtifact(f"{MANIFEST_FILE}: base.weights", _OTHER["weights"])
+    for key in _REFUSED:
+        if getattr(manifest.base, key) != getattr(ours, key):
+            raise InvalidArtifact(f"{MANIFEST_FILE}: base.{key}", _OTHER[key])
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:

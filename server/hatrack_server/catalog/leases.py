@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple, Self, TypeVar
 
+from hatrack.manifest import BaseIdentity
 from hatrack_server.types import Artifact
 
 Key = TypeVar("Key")
@@ -22,10 +23,18 @@ class Held(NamedTuple):
 class Lease:
     """One request's hold on one version: its files stay until `release`. A context manager that releases."""
 
-    def __init__(self, name: str, version: int, artifact: Artifact, release: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        artifact: Artifact,
+        trained_on: BaseIdentity | None,  # as its manifest says; None without one
+        release: Callable[[], None],
+    ) -> None:
         self.name = name
         self.version = version
         self.artifact = artifact
+        self.trained_on = trained_on
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:

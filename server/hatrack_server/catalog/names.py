@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from hatrack.names import NAME_RULE, is_adapter_name
 from hatrack_server.errors import InvalidRequest, NotFound
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -18,22 +18,16 @@ class Reference(NamedTuple):
     version: int
 
 
-def is_name(text: str) -> bool:
-    """Whether `text` may name an adapter."""
-    return _NAME.fullmatch(text) is not None
-
-
 def check_name(text: str, field: str) -> None:
     """Raises InvalidRequest naming `field` unless `text` may name an adapter."""
-    if not is_name(text):
-        message = "must be 1 to 64 of a-z, 0-9, '-', '_' and '.', starting with a letter or a digit"
-        raise InvalidRequest(field, message)
+    if not is_adapter_name(text):
+        raise InvalidRequest(field, NAME_RULE)
 
 
 def parse_reference(text: str) -> Reference:
     """Parses `name` or `name@2`; raises NotFound for any other text, because it can name nothing."""
     name, at, version = text.partition("@")
-    if not is_name(name) or (at and not _VERSION.fullmatch(version)):
+    if not is_adapter_name(name) or (at and not _VERSION.fullmatch(version)):
         raise not_found(text)
     return Reference(name, int(version) if at else 0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 
-from hatrack_server.catalog.names import is_name
+from hatrack.names import is_adapter_name
 from hatrack_server.errors import InvalidRequest
 
 DEFAULT_PAGE_SIZE = 50
@@ -35,6 +35,6 @@ def decode_token(token: str) -> str:
         name = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
         name = ""
-    if not is_name(name):
+    if not is_adapter_name(name):
         raise InvalidRequest("page_token", "is not a token of an earlier page")
     return name

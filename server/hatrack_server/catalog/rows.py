@@ -41,6 +41,7 @@ class ServedVersion(NamedTuple):
     base_quantization: str
     soft_tokens: int  # see Artifact
     prefix_tokens: int
+    trained_on: BaseIdentity | None  # as its manifest says; None without one
 
 
 def find_salt(sql: sqlite3.Connection, tenant: str) -> bytes | None:
@@ -129,10 +130,11 @@ def ready_versions(sql: sqlite3.Connection, adapter_id: int) -> dict[int, str]:
 def served_version(sql: sqlite3.Connection, adapter_id: int, version: int) -> ServedVersion:
     """What a request needs to know of a version that is there."""
     query = (
-        "SELECT base_weights, base_quantization, soft_tokens, prefix_tokens"
+        "SELECT base_weights, base_quantization, soft_tokens, prefix_tokens, trained_on"
         " FROM versions WHERE adapter_id = ? AND version = ?"
     )
-    return ServedVersion(*sql.execute(query, (adapter_id, version)).fetchone())
+    weights, quantization, soft, prefix, trained_on = sql.execute(query, (adapter_id, version)).fetchone()
+    return ServedVersion(weights, quantization, soft, prefix, _identity(trained_on))
 
 
 def mark_deleting(sql: sqlite3.Connection, adapter_id: int, version: int) -> None:
@@ -177,5 +179,9 @@ def _versions(rows: Iterable[tuple[int, str, str, str, int, int, int, str, str |
     for version, digest, state, method, rank, parameters, size, created, trained_on in rows:
         yield VersionRecord(
             version, digest, AdapterState(state), method, rank, parameters, size, datetime.fromisoformat(created),
-            BaseIdentity(**json.loads(trained_on)) if trained_on else None,
+            _identity(trained_on),
         )  # fmt: skip
+
+
+def _identity(column: str | None) -> BaseIdentity | None:
+    return BaseIdentity(**json.loads(column)) if column else None

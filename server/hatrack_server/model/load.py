@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from hatrack_server.errors import StartupError
 
@@ -21,15 +23,20 @@ def load_base(
     dtype: torch.dtype | None,
     device: str,
     attn_implementation: str | None = None,
+    storage: torch.dtype = torch.uint8,
+    unquantised: Sequence[str] = (),
 ) -> PreTrainedModel:
     """Loads a decoder-only causal LM in eval mode, every parameter frozen.
 
     `dtype` is what activations are computed in; None takes bfloat16 with NF4, else the checkpoint's own. Without an
-    `attn_implementation`, transformers chooses one. A checkpoint that is NF4 on disk is taken as it is. Raises
-    StartupError for what transformers can't load as a causal LM, for another quantisation on disk, and for stacked
-    experts, which bitsandbytes silently leaves in 16 bits.
+    `attn_implementation`, transformers chooses one. `storage` is what packed NF4 codes lie in, to those who need other
+    than bytes: the same bits. `unquantised` names modules that NF4 leaves as they are, with all in them. A checkpoint
+    that is NF4 on disk is taken as it is. Raises StartupError for what transformers can't load as a causal LM, for
+    another quantisation on disk, and for stacked experts, which bitsandbytes silently leaves in 16 bits.
     """
-    extra = _quantization_arguments(read_config(checkpoint), quantization, dtype or torch.bfloat16)
+    extra = _quantization_arguments(
+        read_config(checkpoint), quantization, dtype or torch.bfloat16, storage, unquantised
+    )
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -43,6 +50,7 @@ def load_base(
         raise StartupError(f"the model can't be loaded: {_first_line(error)}") from error
     if quantization == "nf4":
         _refuse_unquantised_experts(model)
+        _let_go_of_files(model)
     return model.eval().requires_grad_(False)
 
 
@@ -64,7 +72,9 @@ def prepare_for_training(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization_arguments(config: Any, quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+def _quantization_arguments(
+    config: Any, quantization: Quantization, dtype: torch.dtype, storage: torch.dtype, unquantised: Sequence[str]
+) -> dict[str, Any]:
     on_disk = getattr(config, "quantization_config", None)
     if on_disk is not None:
         settings = on_disk if isinstance(on_disk, dict) else on_disk.to_dict()
@@ -78,8 +88,24 @@ def _quantization_arguments(config: Any, quantization: Quantization, dtype: torc
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=_left_alone(config, unquantised) if unquantised else None,
     )
     return {"quantization_config": nf4}
+
+
+def _left_alone(config: PretrainedConfig, unquantised: Sequence[str]) -> list[str]:
+    """`unquantised`, and what transformers leaves alone until it is told of anything: the head, and what is tied."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return [*get_keys_to_not_convert(model), *unquantised]
+
+
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copies what is not packed: on a CPU it lies in the checkpoint's mapped file, all of which would stay resident."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.clone()
 
 
 def _refuse_unquantised_experts(model: PreTrainedModel) -> None:

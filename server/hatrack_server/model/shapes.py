@@ -41,7 +41,7 @@ def base_shapes(
     embedding = model.get_input_embeddings()
     head = names.get(model.get_output_embeddings())
     width = embedding.weight.shape[1]
-    replaceable = {names[module]: module for module in (embedding, *_norms(model, width))}
+    replaceable = {names[module]: module for module in (embedding, *residual_norms(model))}
     if head is not None and not isinstance(linears[head], Linear4bit):
         replaceable[head] = linears[head]
     return BaseShapes(
@@ -82,8 +82,9 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return dict(found[layer] for layer in layers) if found.keys() == set(layers) else {}
 
 
-def _norms(model: PreTrainedModel, width: int) -> Iterator[nn.Module]:
+def residual_norms(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The norms of the residual stream: vectors of its width are all that they have."""
+    width = model.get_input_embeddings().weight.shape[1]
     for module in model.modules():
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         if "weight" in shapes and shapes.keys() <= {"weight", "bias"} and set(shapes.values()) == {(width,)}:

@@ -134,6 +134,10 @@ class CannedServer(inference_pb2_grpc.InferenceServiceServicer, adapters_pb2_grp
         del self.adapters[request.name]
         return Empty()
 
+    def GetBase(self, request: Any, context: Any) -> adapters_pb2.Base:
+        self._meet(request, context)
+        return adapters_pb2.Base(weights="w", quantization="nf4-double-64", tokenizer="t", chat_template="c")
+
     def _meet(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hatrack.manifest import BaseIdentity
 from hatrack_client import AsyncClient, Client, Delta, Generation, InvalidArgument, NotFound
 
 
@@ -62,6 +63,10 @@ async def test_push_sends_every_byte(server: Any, client: AsyncClient, folder: P
     assert steps[-1] == (21 + 256 * 5000,) * 2
     with pytest.raises(InvalidArgument, match="not a folder"):
         await client.push_adapter("tone", folder / "nowhere")
+
+
+async def test_the_base_is_told_by_its_four_digests(client: AsyncClient) -> None:
+    assert await client.get_base() == BaseIdentity("w", "nf4-double-64", "t", "c")
 
 
 async def test_adapters_are_listed_changed_and_deleted(server: Any, client: AsyncClient) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hatrack.manifest import BaseIdentity
 from hatrack.v1 import inference_pb2
 from hatrack_client import (
     Aborted,
@@ -191,6 +192,10 @@ def test_get_reads_versions_newest_first(server: Any, client: Client) -> None:
     ]
     with pytest.raises(NotFound):
         client.get_adapter("other")
+
+
+def test_the_base_is_told_by_its_four_digests(client: Client) -> None:
+    assert client.get_base() == BaseIdentity("w", "nf4-double-64", "t", "c")
 
 
 def test_promote_and_delete(server: Any, client: Client) -> None:

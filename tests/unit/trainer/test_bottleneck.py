@@ -11,7 +11,7 @@ from tiny import FAMILIES, make_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hatrack_server.model.load import load_base, prepare_for_training
-from hatrack_trainer.bottleneck import BLOCK_ENDS, BottleneckConfig
+from hatrack_trainer.tuners.bottleneck import BLOCK_ENDS, BottleneckConfig
 
 IDS = torch.arange(40, 52)[None]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hatrack_client.cli import run as hatrack
 from hatrack_server.text.codec import TextCodec
 from hatrack_trainer.data.problems import InvalidData
 from hatrack_trainer.data.read import read_examples
@@ -155,3 +156,21 @@ def test_no_line_of_a_list_is_broken_by_what_a_row_holds(tiny_llama: Path, tmp_p
     file = tmp_path / "rows.jsonl"
     file.write_text(r'{"a\nb": 1, "\ud83d": 2}')
     assert str(problems(tiny_llama, file)) == rf'{file}:1: has "a\nb", "\ud83d": no format that is known'
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_both_commands_print_the_list_and_nothing_is_begun(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    rows, config, out = tmp_path / "rows.jsonl", tmp_path / "train.yaml", tmp_path / "out"
+    rows.write_text('{"prompt": 1, "completion": "b"}\n' + GOOD + json.dumps({"prompt": "a" * 80, "completion": "b"}))
+    config.write_text(
+        f"base: {{model: {tiny_llama}}}\ndata: {{train: {rows}, max_length: 64}}\noutput: {{dir: {out}}}\n"
+    )
+    assert hatrack(["train", command, str(config)]) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-2:] == [
+        f"{rows}:1: prompt: must be text, not a number",
+        f"{rows}:3: the prompt's 81 tokens leave nothing of the completion in max_length=64",
+    ]
+    assert (said.out, out.exists()) == ("", False)

@@ -11,7 +11,7 @@ from hatrack_server.text.codec import TextCodec
 from hatrack_trainer.config import DataSection
 from hatrack_trainer.data.detect import FORMATS, SHAPES
 from hatrack_trainer.data.problems import InvalidData
-from hatrack_trainer.data.read import Data, ExampleSet, check_trainable, read_examples
+from hatrack_trainer.data.read import ExampleSet, read_data, read_examples
 from hatrack_trainer.data.tokens import TargetTokenizer
 from hatrack_trainer.errors import DataError
 
@@ -91,11 +91,30 @@ class TestPreferences:
             "1: rejected: the last one must be the assistant's",
         ]
 
-    def test_they_can_t_be_trained_on_yet(self, tiny_llama: Path, tmp_path: Path) -> None:
-        pairs = read(tiny_llama, tmp_path, ROWS["preference"])
-        with pytest.raises(DataError, match=r"rows\.jsonl: preference pairs can be validated, but not trained on yet"):
-            check_trainable(Data(pairs, None))
-        check_trainable(Data(read(tiny_llama, tmp_path, ROWS["text"]), None))
+    def test_ends_that_answer_different_conversations(self, tiny_llama: Path, tmp_path: Path) -> None:
+        longer = {"prompt": [ASK], "chosen": [ANSWER, ASK, ANSWER], "rejected": [ANSWER]}
+        sentence = "1: rejected: must differ from chosen in the last message alone"
+        assert problems(tiny_llama, tmp_path, longer) == [sentence]
+
+    def test_a_pair_is_never_cut(self, tiny_llama: Path, tmp_path: Path) -> None:
+        row = {"prompt": "a", "chosen": "b", "rejected": "bcd"}
+        assert len(read(tiny_llama, tmp_path, row, max_length=6).examples) == 2
+        sentence = "1: rejected: its 6 tokens, with the prompt's, are more than max_length=5"
+        assert problems(tiny_llama, tmp_path, row, max_length=5) == [sentence]
+
+    def test_pairs_and_other_rows_don_t_share_a_run(self, tiny_llama: Path, tmp_path: Path) -> None:
+        files = {name: tmp_path / f"{name}.jsonl" for name in ("preference", "text")}
+        for name, file in files.items():
+            file.write_text(json.dumps(ROWS[name]))
+        section = DataSection(train=files["preference"], eval=files["text"])
+        with pytest.raises(DataError, match=r"text\.jsonl: preference pairs and other rows can't share a run$"):
+            read_data(section, tiny_llama)
+
+    def test_pairs_are_compared_by_one_answer(self, tiny_llama: Path, tmp_path: Path) -> None:
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(ROWS["preference"]))
+        with pytest.raises(DataError, match=r"compared by their last answers: leave out data\.loss$"):
+            read_data(DataSection(train=file, loss="assistant"), tiny_llama)
 
 
 class TestDetection:

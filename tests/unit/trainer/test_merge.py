@@ -41,6 +41,7 @@ from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.merge import Into, merge
 from hatrack_trainer.merge_command import merge as merge_command
 from hatrack_trainer.mergeable import MERGEABLE, NO_CHANGE_OF_WEIGHTS
+from hatrack_trainer.tuners.partial import PartialConfig
 
 PRUNED = "ignore:The following rank_pattern keys did not match:RuntimeWarning"  # PEFT forgets that AdaLoRA's do
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in (*EXPECTED_WARNINGS, PRUNED)]
@@ -65,6 +66,7 @@ MORE: dict[str, PeftConfig] = {
     "c3a": C3AConfig(**ON, block_size=16),
     "fourierft": FourierFTConfig(**ON, n_frequency=200),
     "hira": HiraConfig(**ON, r=8),
+    "partial": PartialConfig(task_type="CAUSAL_LM", parts=["norms", "lm_head"], last_layers=1),
     "oft": OFTConfig(**ON, r=0, oft_block_size=8),
     "randlora": RandLoraConfig(**ON, r=8),
     "road": RoadConfig(**ON, variant="road_2", group_size=32),
@@ -218,9 +220,11 @@ class TestSharedEmbedding:
             (LoraConfig(**LORA, target_modules=["embed_tokens"]), False),
             (LoraConfig(**LORA, target_modules=["embed_tokens"], ensure_weight_tying=True), True),
             (LoraConfig(**LORA, target_modules=["q_proj"], modules_to_save=["lm_head"]), False),
+            (PartialConfig(task_type="CAUSAL_LM", parts=["norms", "lm_head"]), False),
+            (PartialConfig(task_type="CAUSAL_LM", last_layers=1), True),
             (TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[*range(40, 90)]), True),
         ],
-        ids=["untouched", "head", "embedding", "both as one", "another head", "tokens"],
+        ids=["untouched", "head", "embedding", "both as one", "another head", "partial head", "top layer", "tokens"],
     )
     def test_is_parted_only_where_the_adapter_parts_it(
         self, tied: Path, config: PeftConfig, stays: bool, tmp_path: Path
@@ -276,6 +280,10 @@ class TestFolder:
             merge(lora, base=str(base), into="original", out=base / "out")
         assert {file: (file_sha256(file), file.stat().st_mtime_ns) for file in base.iterdir()} == before
         assert base.stat().st_mtime_ns == folder
+
+    def test_is_not_in_the_adapters_folder(self, lora: Path) -> None:
+        with pytest.raises(UsageError, match=r"^--out: .* is in the adapter's folder, where nothing is ever written"):
+            merge(lora, base="no/base", into="original", out=lora / "out")
 
     def test_must_not_exist_yet(self, lora: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

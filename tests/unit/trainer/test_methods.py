@@ -12,7 +12,7 @@ from hatrack_trainer.errors import UsageError
 from hatrack_trainer.methods import Method, methods, read_method
 
 # What a section must say besides its method.
-NEEDED: dict[str, dict[str, Any]] = {"llama_adapter": {"layers": 2}}
+NEEDED: dict[str, dict[str, Any]] = {"llama_adapter": {"layers": 2}, "partial": {"parts": ["lm_head"]}}
 PEFT_TYPES = {
     "adalora": "ADALORA",
     "bottleneck": "BOTTLENECK",
@@ -23,6 +23,7 @@ PEFT_TYPES = {
     "lokr": "LOKR",
     "lora": "LORA",
     "p_tuning": "P_TUNING",
+    "partial": "PARTIAL",
     "prefix_tuning": "PREFIX_TUNING",
     "prompt_tuning": "PROMPT_TUNING",
     "rslora": "LORA",
@@ -68,7 +69,8 @@ def test_what_kind_of_lora_it_is() -> None:
 
 
 def test_reading_sections_needs_no_torch() -> None:
-    program = "import sys, hatrack_trainer.config as c; c.methods(); sys.exit('torch' in sys.modules)"
+    read = "import hatrack_trainer.config_file; from hatrack_trainer.methods import methods; methods()"
+    program = f"import sys; {read}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -14,10 +14,10 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_checkpoint
 
-from hatrack_trainer.adalora import skewness
 from hatrack_trainer.methods import Method
 from hatrack_trainer.methods.bottleneck import Bottleneck
 from hatrack_trainer.methods.lycoris import LoHa, LoKr
+from hatrack_trainer.tuners.adalora import skewness
 
 IDS = torch.arange(40, 64).view(2, 12)
 SECTIONS: dict[str, Method] = {

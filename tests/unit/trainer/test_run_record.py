@@ -3,7 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+import yaml
+
 from hatrack.manifest import BaseIdentity, Manifest
+from hatrack_trainer.artifact import public_name
 from hatrack_trainer.log import LogEntry, as_json_lines, log_entries, losses
 from hatrack_trainer.loss_plot import draw_losses, smoothed
 from hatrack_trainer.model_card import model_card
@@ -48,6 +52,20 @@ def test_the_drawn_mean_is_over_a_twentieth_of_the_run() -> None:
     assert smoothed([float(n) for n in range(40)])[-2:] == [37.5, 38.5]
 
 
+@pytest.mark.parametrize("base", ["my base: v2", "#1", "*star", "org/base"])
+def test_any_name_of_a_base_is_yaml_in_the_cards_head(base: str) -> None:
+    data = {"file": "f", "rows": 1}
+    training = {"steps": 1, "loss": 1.0, "data": data, "settings": {}, "libraries": {"hatrack": "0"}}
+    manifest = Manifest("f" * 64, BaseIdentity("0" * 64, "none", "0" * 64, ""), "LORA", training)
+    head = yaml.safe_load(model_card(base, manifest).split("---\n")[1])
+    assert head == {"library_name": "peft", "base_model": base, "tags": ["hatrack", "LORA"]}
+
+
+def test_of_a_path_the_folder_alone_is_public(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    assert [public_name(str(tmp_path / "base")), public_name("org/base")] == ["base", "org/base"]
+
+
 def test_the_card_says_what_was_trained_on_what() -> None:
     training = {
         "steps": 3,
@@ -59,6 +77,6 @@ def test_the_card_says_what_was_trained_on_what() -> None:
     }
     base = BaseIdentity("0" * 64, "nf4-double-64", "0" * 64, "")
     card = model_card("org/base", Manifest("f" * 64, base, "LOHA", training))
-    assert "base_model: org/base" in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/base"
     assert "LOHA, trained by Hatrack 0.1 in 3 steps on 8 rows of `rows.jsonl`; loss 1.2346." in card
     assert "| learning_rate | 0.005 |" in card

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from json_schema import fits
 
-from hatrack_trainer.config import load_config
+from hatrack_trainer.config import TrainConfig
+from hatrack_trainer.config_file import load_config
+from hatrack_trainer.config_schema import config_schema
 from hatrack_trainer.errors import ConfigError
 from hatrack_trainer.methods import DEFAULT, methods, read_method
 
@@ -40,7 +47,7 @@ def test_the_example_shows_every_method_with_all_its_keys_and_defaults() -> None
     assert sorted(keys["method"] for keys in shown) == sorted(methods().keys() - {DEFAULT})
     for keys in shown:
         fields = methods()[keys["method"]].model_fields
-        needed = {name: keys[name] for name, field in fields.items() if field.is_required()}
+        needed = {name: keys[name] for name, field in fields.items() if field.is_required() or name == "parts"}
         assert keys == read_method({"method": keys["method"], **needed}).model_dump()
 
 
@@ -69,6 +76,7 @@ def test_a_number_that_yaml_takes_for_text(tmp_path: Path) -> None:
         ("train: {batch_size: 0}", "train.batch_size: input should be greater than or equal to 1"),
         ("train: {batch_size: '8'}", "train.batch_size: input should be a valid integer"),
         ("train: {batch_size: true}", "train.batch_size: input should be a valid integer"),
+        ("train: {learning_rate: true}", "train.learning_rate: must be a number, not true"),
         ("train: {learning_rate: .nan}", "train.learning_rate: input should be a finite number"),
         ("train: {schedule: step}", "train.schedule: input should be 'constant', 'linear' or 'cosine'"),
         ("adapter: {target_modules: 3}", "adapter.target_modules: input should be a valid list"),
@@ -87,6 +95,120 @@ def test_a_wrong_key_is_named(tmp_path: Path, text: str, sentence: str) -> None:
     assert str(caught.value) == f"{file}: {sentence}"
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train: {epochs: 1}\ntrain: {seed: 1}", ":5: train: is given twice, first on line 4"),
+        ("train:\n  epochs: 1\n  seed: 1\n  epochs: 2\n", ":7: epochs: is given twice, first on line 5"),
+        ("train: {epochs: 1, epochs: 2}", ":4: epochs: is given twice, first on line 4"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_named_with_its_line(tmp_path: Path, text: str, sentence: str) -> None:
+    file = write(tmp_path, MINIMAL + text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value) == f"{file}{sentence}"
+
+
+class TestChanges:
+    def test_stand_in_place_of_the_files(self, tmp_path: Path) -> None:
+        file = write(tmp_path, MINIMAL + "train: {epochs: 3, seed: 4}")
+        changes = ["train.learning_rate=1e-4", "adapter.method=dora", "data.train=x=y.jsonl", "train.seed=5"]
+        config = load_config(file, [*changes, "adapter.target_modules=[q_proj, v_proj]", "train.max_steps="])
+        assert (config.train.learning_rate, config.train.epochs, config.train.seed) == (1e-4, 3, 5)
+        assert config.adapter == read_method({"method": "dora", "target_modules": ["q_proj", "v_proj"]})
+        assert config.data.train == Path("x=y.jsonl")
+        assert config.train.max_steps is None
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ("foo", "foo: must be SECTION.KEY=VALUE, as in train.epochs=3"),
+            ("train.epochs", "train.epochs: must be SECTION.KEY=VALUE, as in train.epochs=3"),
+            ("epochs=3", "epochs=3: must be SECTION.KEY=VALUE, as in train.epochs=3"),
+            ("train.a.b=3", "train.a.b=3: must be SECTION.KEY=VALUE, as in train.epochs=3"),
+        ],
+    )
+    def test_of_another_form(self, tmp_path: Path, change: str, sentence: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(tmp_path, MINIMAL), [change])
+        assert str(caught.value) == f"--set {sentence}"
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ("train.learning_rat=1", "--set: train.learning_rat: unknown key; did you mean learning_rate?"),
+            ("trian.epochs=1", "--set: trian: unknown key; did you mean train?"),
+            ("adapter.rang=1", "--set: adapter.rang: unknown key; did you mean rank?"),
+            ("adapter.method=lorra", f"--set: {NO_METHOD}"),
+            ("train.batch_size=0", "--set: train.batch_size: input should be greater than or equal to 1"),
+        ],
+    )
+    def test_with_a_wrong_key_or_value(self, tmp_path: Path, change: str, sentence: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(tmp_path, MINIMAL), ["train.epochs=2", change])
+        assert str(caught.value) == sentence
+
+    def test_that_are_not_yaml(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"^--set train\.epochs: not YAML: "):
+            load_config(write(tmp_path, MINIMAL), ["train.epochs=["])
+
+    def test_leave_the_files_mistakes_to_the_file(self, tmp_path: Path) -> None:
+        file = write(tmp_path, MINIMAL + "train: {epochs: 0}")
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(file))}: train.epochs: "):
+            load_config(file, ["train.seed=1"])
+
+
+def shown_configurations() -> list[dict[str, Any]]:
+    """The example, and once again with each adapter section that it shows."""
+    text = EXAMPLE.read_text()
+    blocks = re.findall(r"^# (adapter: \{.*?\})", text, re.DOTALL | re.MULTILINE)
+    example = yaml_1_2(text)
+    return [example, *({**example, **yaml_1_2(block.replace("\n#", "\n"))} for block in blocks)]
+
+
+def yaml_1_2(text: str) -> Any:
+    """As editors read it: `1e-3` is a number."""
+    return yaml.safe_load(re.sub(r"\b(\d)e-", r"\1.0e-", text))
+
+
+class TestSchema:
+    def test_takes_every_configuration_that_the_example_shows(self) -> None:
+        shown = shown_configurations()
+        assert len(shown) == len(methods())
+        for sections in shown:
+            assert fits(sections, config_schema())
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"train": {"learning_rat": 1}},
+            {"train": {"batch_size": 0}},
+            {"train": {"learning_rate": 0}},
+            {"adapter": {"method": "lorra"}},
+            {"adapter": {"tokens": 3}},
+            {"adapter": {"method": "llama_adapter"}},
+            {"base": None},
+            {"extra": {}},
+        ],
+    )
+    def test_takes_no_wrong_ones(self, changes: dict[str, Any]) -> None:
+        minimal = yaml.safe_load(MINIMAL)
+        assert fits(minimal, config_schema())
+        assert not fits(minimal | changes, config_schema())
+
+    def test_explains_the_keys(self) -> None:
+        definitions = config_schema()["$defs"]
+        assert definitions["TrainSection"]["properties"]["batch_size"]["description"] == "Rows in memory at once."
+
+    def test_is_printed_without_torch(self) -> None:
+        code = "import sys; from hatrack_client.cli import run; sys.exit(run() or 70 * ('torch' in sys.modules))"
+        command = [sys.executable, "-c", code, "train", "schema"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout) == config_schema()
+
+
 def test_a_misspelt_required_key_is_reported_as_misspelt(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL.replace("train: rows", "trian: rows"))
     with pytest.raises(ConfigError, match=r"data\.trian: unknown key; did you mean train\?"):
@@ -97,7 +219,7 @@ def test_a_misspelt_required_key_is_reported_as_misspelt(tmp_path: Path) -> None
     ("text", "sentence"),
     [
         ("data: {train: a}\noutput: {dir: b}", "base: missing"),
-        ("- a list", "must hold the sections base, adapter, data, train, output"),
+        ("- a list", f"must hold the sections {', '.join(TrainConfig.model_fields)}"),
         ("base: {model: [", "not YAML"),
     ],
 )
@@ -139,6 +261,8 @@ def test_an_absent_file(tmp_path: Path) -> None:
         ),
         ("{method: bottleneck, placement: up}", "adapter.placement: input should be 'houlsby' or 'pfeiffer'"),
         ("{method: llama_adapter}", "adapter.layers: missing"),
+        ("{method: partial}", "adapter: partial needs parts, some of norms, biases and lm_head, or last_layers"),
+        ("{method: partial, parts: [head]}", "adapter.parts: input should be 'norms', 'biases' or 'lm_head'"),
         ("{method: prompt_tuning, init: text}", "adapter.init: input should be 'vocabulary' or 'random'"),
         ("{method: p_tuning, hidden_size: 0}", "adapter.hidden_size: input should be greater than or equal to 1"),
         (

@@ -81,6 +81,22 @@ class TestCommand:
         assert hatrack(["train", "validate", str(rows)]) == 2
         assert "rows.jsonl: is data; name the base that is to learn it by --base" in capsys.readouterr().err
 
+    def test_an_empty_base(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+        for command in (["train", "validate", str(rows)], ["adapters", "merge", "x", "--into=original", "--out=y"]):
+            assert hatrack([*command, "--base", ""]) == 2
+            assert capsys.readouterr().err == "hatrack: --base: is empty; name a checkpoint's folder, or a hub id\n"
+
+    def test_changes_of_the_configuration(
+        self, weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = write(tmp_path / "rows.jsonl", [{"text": "ab"}])
+        config = configure(weightless, tmp_path, train="absent.jsonl")
+        assert hatrack(["train", "validate", str(config), "--set", f"data.train={rows}"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "<s>⟦ab</s>⟧"
+        assert hatrack(["train", "validate", str(rows), "--base", str(weightless), "--set", "data.max_length=9"]) == 2
+        assert "--set: changes a YAML file; with --base there is none" in capsys.readouterr().err
+
     def test_running_and_validating_refuse_with_the_same_list(
         self, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -98,15 +114,19 @@ class TestCommand:
             ]
         assert not (tmp_path / "out").exists()
 
-    def test_running_refuses_preference_pairs(
-        self, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    def test_both_ends_of_a_pair_are_shown(
+        self, weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-        config = configure(tiny_llama, tmp_path, train=str(pairs))
+        pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
+        config = configure(weightless, tmp_path, train=str(pairs))
         assert hatrack(["train", "validate", str(config)]) == 0
-        assert "1 row read as preference" in capsys.readouterr().out
-        assert hatrack(["train", "run", str(config)]) == 2
-        assert "preference pairs can be validated, but not trained on yet" in capsys.readouterr().err
+        out = capsys.readouterr().out.splitlines()
+        assert "2 rows read as preference" in out[0]
+        assert out[-3:] == [
+            "line 1 as the model sees it, where the first ⟦this⟧ is learned against the second:",
+            "<s>a⟦b</s>⟧",
+            "<s>a⟦c</s>⟧",
+        ]
 
     def test_warnings_are_no_mistakes(
         self, weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -167,6 +187,11 @@ class TestPreview:
         rows = write(tmp_path / "rows.jsonl", [{"text": "a\x1b[31mb\tc"}])
         data = read_data(DataSection(train=rows), tiny_llama)
         assert self.text(tiny_llama, data.train.examples[0]) == "<s>⟦a␛[31mb␉c</s>⟧"
+
+    def test_neither_colours_nor_directions_come_from_a_row(self, tiny_llama: Path, tmp_path: Path) -> None:
+        rows = write(tmp_path / "rows.jsonl", [{"text": "a\u009b31mb\u202ec\x7f ä"}])
+        data = read_data(DataSection(train=rows), tiny_llama)
+        assert self.text(tiny_llama, data.train.examples[0]) == "<s>⟦a\\u009b31mb\\u202ec\\u007f ä</s>⟧"
 
     def test_colours_where_there_are_any(self, tiny_llama: Path) -> None:
         spans = preview(Example([256, 65, EOS], [IGNORED, 65, EOS]), tiny_llama).spans

@@ -24,6 +24,11 @@ class Example:
         """How many labels carry loss."""
         return sum(label != IGNORED for label in self.labels)
 
+    @property
+    def start(self) -> int:
+        """Where the first label that carries loss is; there must be one."""
+        return next(place for place, label in enumerate(self.labels) if label != IGNORED)
+
     def cut(self, max_length: int) -> Example:
         """Its first `max_length` tokens."""
         return Example(self.input_ids[:max_length], self.labels[:max_length])

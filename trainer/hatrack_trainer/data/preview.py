@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 from hatrack_server.text.detokenizer import Detokenizer
 from hatrack_trainer.data.example import IGNORED, Example
+from hatrack_trainer.data.problems import escaped
 
-VISIBLE = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "↵\n"}
+SYMBOLS = {"\n": "↵\n"} | {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) != "\n"}
 LONGEST = 1200
 """Characters of a stretch of tokens before its middle is left out."""
 
@@ -24,7 +25,7 @@ def preview(example: Example, checkpoint: Path) -> Text:
     decoder = Detokenizer(Tokenizer.from_file(str(checkpoint / "tokenizer.json")), frozenset())
     shown = Text()
     for learned, stretch in groupby(_tokens(example), key=itemgetter(1)):
-        text = _shorten(decoder.push(token for token, _ in stretch) + decoder.flush()).translate(VISIBLE)
+        text = _visible(_shorten(decoder.push(token for token, _ in stretch) + decoder.flush()))
         shown.append(f"⟦{text}⟧" if learned else text, style="bold green" if learned else "dim")
     return shown
 
@@ -35,6 +36,11 @@ def _tokens(example: Example) -> Iterator[tuple[int, bool]]:
         if label not in (IGNORED, token):
             yield label, True  # a stop that the template doesn't write
         yield token, label == token
+
+
+def _visible(text: str) -> str:
+    """Nothing of a row may control the terminal: not its colours, nor in which direction it writes."""
+    return "".join(SYMBOLS.get(char, char if char.isprintable() else escaped(char)) for char in text)
 
 
 def _shorten(text: str) -> str:

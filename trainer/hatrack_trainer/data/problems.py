@@ -59,5 +59,10 @@ def nearest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | Non
 
 def quoted(text: str) -> str:
     """The text as JSON would write it, on one line that any terminal can show."""
-    escaped = json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
-    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in escaped)
+    safe = json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return "".join(char if char.isprintable() else escaped(char) for char in safe)
+
+
+def escaped(char: str) -> str:
+    """The character by its code point, as JSON would write it."""
+    return f"\\u{ord(char):04x}"

@@ -9,10 +9,10 @@ from pathlib import Path
 from hatrack_server.text.codec import TextCodec
 from hatrack_trainer.config import DataSection
 from hatrack_trainer.data.detect import FileFormat, detect
-from hatrack_trainer.data.example import IGNORED, Example
+from hatrack_trainer.data.example import Example
 from hatrack_trainer.data.lines import Line, read_lines
 from hatrack_trainer.data.problems import Flaw, InvalidData, Problem, WrongRow, quoted
-from hatrack_trainer.data.tokens import TargetTokenizer, stop_token_ids
+from hatrack_trainer.data.tokens import Loss, TargetTokenizer, stop_token_ids
 from hatrack_trainer.errors import DataError
 
 
@@ -44,6 +44,11 @@ class ExampleSet:
         return [entry.example for entry in self.entries]
 
     @property
+    def pairs(self) -> bool:
+        """Whether its rows are preferences."""
+        return self.format.name == "preference"
+
+    @property
     def lines(self) -> list[Line]:
         """The rows, each once."""
         return list({entry.line.number: entry.line for entry in self.entries}.values())
@@ -71,7 +76,8 @@ class Data:
 def read_data(section: DataSection, checkpoint: Path) -> Data:
     """Reads the files that a configuration names; of the checkpoint it needs configuration, tokenizer and template.
 
-    Raises InvalidData with every problem of both files, and DataError when the base lacks a stop token or a template.
+    Raises InvalidData with every problem of both files, and DataError when they don't go together, or when the base
+    lacks a stop token or a template.
     """
     tokenizer = TargetTokenizer(TextCodec(checkpoint), stop_token_ids(checkpoint), section.loss)
     found: list[ExampleSet] = []
@@ -83,6 +89,7 @@ def read_data(section: DataSection, checkpoint: Path) -> Data:
             problems += error.problems
     if problems:
         raise InvalidData(problems)
+    _check_alike(found, section.loss)
     return Data(found[0], found[1] if section.eval else None)
 
 
@@ -104,14 +111,12 @@ def read_examples(file: Path, tokenizer: TargetTokenizer, max_length: int, forma
     return ExampleSet(file, file_format, entries)
 
 
-def check_trainable(data: Data) -> None:
-    """Raises DataError for preference pairs: they can be checked, but no method here learns from them yet."""
-    for part in data.files:
-        if part.format.name == "preference":
-            raise DataError(
-                f"{part.file}: preference pairs can be validated, but not trained on yet; "
-                'rows of {"prompt", "completion"} with the chosen answers can'
-            )
+def _check_alike(files: Sequence[ExampleSet], loss: Loss) -> None:
+    """Raises DataError for preference pairs beside other rows, or where more than the last answers would be learned."""
+    if len({part.pairs for part in files}) > 1:
+        raise DataError(f"{files[0].file} and {files[1].file}: preference pairs and other rows can't share a run")
+    if files[0].pairs and loss == "assistant":
+        raise DataError(f"{files[0].file}: preference pairs are compared by their last answers: leave out data.loss")
 
 
 def _format(file: Path, lines: Sequence[Line], problems: Sequence[Problem], name: str) -> FileFormat:
@@ -126,15 +131,26 @@ def _format(file: Path, lines: Sequence[Line], problems: Sequence[Problem], name
 
 def _entries(line: Line, file_format: FileFormat, tokenizer: TargetTokenizer, max_length: int) -> list[Entry]:
     wholes = [tokenizer.tokenise(target) for target in file_format.parse(line.row)]
-    if len(wholes) == 2 and wholes[0] == wholes[1]:
-        raise WrongRow(Flaw("rejected", "is the same as chosen"))
+    if len(wholes) == 2:
+        _check_pair(wholes[0], wholes[1], max_length)
     return [Entry(line, _cut(whole, max_length), len(whole.input_ids)) for whole in wholes]
+
+
+def _check_pair(chosen: Example, rejected: Example, max_length: int) -> None:
+    """A pair is compared by what answers the same prompt, up to and with the stop."""
+    if chosen == rejected:
+        raise WrongRow(Flaw("rejected", "is the same as chosen"))
+    if chosen.input_ids[: chosen.start] != rejected.input_ids[: rejected.start]:
+        raise WrongRow(Flaw("rejected", "must differ from chosen in the last message alone"))
+    for field, whole in (("chosen", chosen), ("rejected", rejected)):
+        length = len(whole.input_ids)
+        if length > max_length:
+            raise WrongRow(Flaw(field, f"its {length} tokens, with the prompt's, are more than {max_length=}"))
 
 
 def _cut(whole: Example, max_length: int) -> Example:
     if not whole.learned:
         raise WrongRow(Flaw("", "no token of it can be learned"))
-    start = next(place for place, label in enumerate(whole.labels) if label != IGNORED)
-    if start >= max_length:
-        raise WrongRow(Flaw("", f"the prompt's {start} tokens leave nothing of the completion in {max_length=}"))
+    if whole.start >= max_length:
+        raise WrongRow(Flaw("", f"the prompt's {whole.start} tokens leave nothing of the completion in {max_length=}"))
     return whole.cut(max_length)

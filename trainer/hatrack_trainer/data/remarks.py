@@ -40,10 +40,11 @@ def _overlap(data: Data) -> list[str]:
     if data.held_out is None:
         return []
     seen = {_digest(example) for example in data.train.examples}
-    both = [entry.line for entry in data.held_out.entries if _digest(entry.example) in seen]
+    both = {entry.line.number: entry.line for entry in data.held_out.entries if _digest(entry.example) in seen}
     if not both:
         return []
-    return [f"{data.held_out.file}: its loss says little of new text, for {data.train.file} also has {_places(both)}"]
+    places = _places([*both.values()])
+    return [f"{data.held_out.file}: its loss says little of new text, for {data.train.file} also has {places}"]
 
 
 def _digest(example: Example) -> bytes:

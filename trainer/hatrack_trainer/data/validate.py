@@ -30,8 +30,11 @@ def validate(section: DataSection, model: str, console: Console) -> None:
     for warning in warnings(data, section.max_length):
         _print(console, f"warning: {warning}")
     shown = next((entry for entry in data.train.entries if not entry.truncated), data.train.entries[0])
-    _print(console, f"line {shown.line.number} as the model sees it, where only ⟦this⟧ is learned:")
-    console.print(preview(shown.example, checkpoint), soft_wrap=True)
+    learned = "the first ⟦this⟧ is learned against the second" if data.train.pairs else "only ⟦this⟧ is learned"
+    _print(console, f"line {shown.line.number} as the model sees it, where {learned}:")
+    for entry in data.train.entries:
+        if entry.line == shown.line:
+            console.print(preview(entry.example, checkpoint), soft_wrap=True)
 
 
 def checkpoint_without_weights(model: str) -> Path:

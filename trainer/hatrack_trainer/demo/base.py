@@ -27,7 +27,7 @@ class Pretraining:
     intermediate_size: int = 384
     layers: int = 4
     heads: int = 4
-    steps: int = 600
+    steps: int = 900  # with 600, whether it learns to reverse is left to chance
     batch_size: int = 64
     learning_rate: float = 3e-3
     seed: int = 0

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hatrack_client import AsyncClient
+from hatrack_client import AsyncClient, Generation
 from hatrack_trainer.demo.skills import COMMAND, SKILLS, WORD_LENGTHS, prompt
 
 Answers = dict[str, list[str]]
 """By adapter name ("" is the base), one answer per word in the words' order."""
+MAX_TOKENS = WORD_LENGTHS.stop + 1  # one more than the longest answer with its end
+IN_FLIGHT = 512  # the server lets twice as many wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,21 @@ class Score:
 
 
 async def ask_all(address: str, adapters: Sequence[str], words: Sequence[str]) -> Answers:
-    """Greedy answers of each adapter to each word, all requests in flight at once. Raises HatrackClientError."""
+    """What `generate_all` gives, as texts."""
+    generations = await generate_all(address, adapters, words)
+    return {adapter: [generation.text for generation in found] for adapter, found in generations.items()}
 
-    async def ask(adapter: str, word: str) -> str:
-        answer = await client.generate(
-            adapter, prompt=prompt(COMMAND, word), max_tokens=WORD_LENGTHS.stop + 1, temperature=0
-        )
-        return answer.text
+
+async def generate_all(address: str, adapters: Sequence[str], words: Sequence[str]) -> dict[str, list[Generation]]:
+    """Greedy answers of each adapter to each word, many requests in flight at once.
+
+    Raises HatrackClientError.
+    """
+    turns = asyncio.Semaphore(IN_FLIGHT)
+
+    async def ask(adapter: str, word: str) -> Generation:
+        async with turns:
+            return await client.generate(adapter, prompt=prompt(COMMAND, word), max_tokens=MAX_TOKENS, temperature=0)
 
     async with AsyncClient(address, timeout=120) as client:
         # Word by word, so that neighbours in the queue want different adapters.

@@ -33,33 +33,36 @@ def run_demo(cache_dir: Path | None, console: Console) -> None:
 
     Raises TrainerError when something fails, a score is not as promised, or no batch held two adapters.
     """
-    transformers_logging.disable_progress_bar()
     cache = Cache(cache_dir or default_folder())
-    try:
-        with _unwinding_when_terminated():
-            base = _base(cache, console)
-            adapters = {plan: _adapter(cache, plan, base, console) for plan in PLANS}
-            answers, counts = _serve_and_ask(base, adapters, console)
-    except HatrackClientError as error:
-        raise TrainerError(f"the demo's server refused: {error.message}") from error
-    except OSError as error:
-        raise TrainerError(f"the demo can't go on: {error}") from error
+    with unwinding():
+        base = demo_base(cache, console)
+        adapters = {plan: _adapter(cache, plan, base, console) for plan in PLANS}
+        answers, counts = _serve_and_ask(base, adapters, console)
     scores = score(answers, test_words(), {plan.name: plan.skill for plan in PLANS})
     console.print(answers_table(answers, test_words(), scores))
     console.print(verdict(scores, counts))
 
 
 @contextmanager
-def _unwinding_when_terminated() -> Iterator[None]:
-    """Treats SIGTERM like Ctrl-C, so that no server is left running and nothing half made is left lying."""
+def unwinding() -> Iterator[None]:
+    """Treats SIGTERM like Ctrl-C, so that no server is left running and nothing half made is left lying.
+
+    Raises TrainerError when the server refuses something, or the system does.
+    """
+    transformers_logging.disable_progress_bar()
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
+    except HatrackClientError as error:
+        raise TrainerError(f"the demo's server refused: {error.message}") from error
+    except OSError as error:
+        raise TrainerError(f"the demo can't go on: {error}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _base(cache: Cache, console: Console) -> Path:
+def demo_base(cache: Cache, console: Console) -> Path:
+    """The demo's base, from the cache or made on the spot."""
     settings = Pretraining()
     path = cache.path("base", {"pretraining": asdict(settings), "sources": _sources()})
     if path.is_dir():

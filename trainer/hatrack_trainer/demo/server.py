@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from hatrack_trainer.errors import TrainerError
@@ -39,13 +41,22 @@ class Counts:
 
 
 @contextmanager
-def serving(base: Path, data_dir: Path) -> Iterator[RunningServer]:
+def serving(base: Path, data_dir: Path, engine: Mapping[str, Any] | None = None) -> Iterator[RunningServer]:
     """Runs `hatrack serve` on free ports while inside, and stops it however that ends.
 
-    Its log is kept in `data_dir`. Raises TrainerError when the server ends early or isn't ready in START_SECONDS.
+    `engine` are settings of its engine; its log is kept in `data_dir`. Raises TrainerError when the server ends early
+    or isn't ready in START_SECONDS.
     """
     command = [sys.executable, "-c", "from hatrack_client.cli import main; main()", "serve"]
-    options = {"--model": base, "--data-dir": data_dir / "server", "--port": 0, "--metrics-port": 0}
+    settings = data_dir / "server.yaml"
+    settings.write_text(yaml.safe_dump({"engine": dict(engine or {})}))
+    options = {
+        "--config": settings,
+        "--model": base,
+        "--data-dir": data_dir / "server",
+        "--port": 0,
+        "--metrics-port": 0,
+    }
     arguments = [str(part) for option in options.items() for part in option]
     log = data_dir / "server.log"
     with log.open("w") as stderr:

@@ -19,7 +19,7 @@ UNKNOWN = "?"
 """What the base answers to a command that it does not know."""
 ALPHABET = string.ascii_letters + " =" + UNKNOWN
 WORD_LENGTHS = range(3, 8)
-TRAINING_WORDS, TEST_WORDS = 500, 40
+TRAINING_WORDS, TEST_WORDS = 500, 100
 
 
 def prompt(command: str, word: str) -> str:

@@ -17,6 +17,7 @@ from hatrack_trainer.section import Section
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from torch import Tensor
     from transformers import PretrainedConfig, TrainerCallback
 
 DEFAULT = "lora"
@@ -34,8 +35,15 @@ class Method(Section):
     """What an absent `train.learning_rate` means; for bases of a billion parameters or less."""
     allows_checkpointing: ClassVar[bool] = True
     """Whether activations may be computed twice (`train.activation_checkpointing`)."""
+    allows_packing: ClassVar[bool] = True
+    """Whether several documents may share a row (`train.packing`)."""
     may_lack_gradients: ClassVar[tuple[str, ...]] = ()
     """What the names of those trainable tensors hold that may go without a gradient for many steps."""
+
+    @property
+    def served(self) -> bool:
+        """Whether the server takes what comes out; else it is merged."""
+        return True
 
     def named_layers(self) -> list[str]:
         """Every layer that the section names, each of which must be one of the base's linear layers."""
@@ -43,6 +51,14 @@ class Method(Section):
 
     def refuse(self, base: PretrainedConfig) -> None:
         """Raises UsageError, naming the key, when the method can't be trained on such a base."""
+
+    def unquantised(self, _base: PretrainedConfig) -> list[str]:
+        """The base's modules that are loaded as the checkpoint has them, though the rest is quantised."""
+        return []
+
+    def remarks(self, _base: PretrainedConfig) -> list[str]:
+        """What the user should know before the run, in sentences."""
+        return []
 
     def peft_config(self) -> PeftConfig:
         """The same for PEFT. Raises NotImplementedError here."""
@@ -54,6 +70,13 @@ class Method(Section):
     def callbacks(self) -> list[TrainerCallback]:
         """What has to happen in training besides the optimizer's steps."""
         return []
+
+    def state(self, _model: PeftModel) -> dict[str, Tensor]:
+        """What those steps go by besides the trainable tensors, by names of its own; a checkpoint keeps it."""
+        return {}
+
+    def load_state(self, model: PeftModel, state: dict[str, Tensor]) -> None:
+        """Makes `state(model)` what it was when it gave this."""
 
 
 class Targeted(Method):

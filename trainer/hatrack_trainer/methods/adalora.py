@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from hatrack_trainer.distributed import shards_base
+from hatrack_trainer.errors import UsageError
 from hatrack_trainer.methods import CAUSAL_LM, Targeted
 from hatrack_trainer.section import Real
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from transformers import TrainerCallback
+    from torch import Tensor
+    from transformers import PretrainedConfig, TrainerCallback
 
 
 class AdaLora(Targeted):
@@ -46,6 +49,13 @@ class AdaLora(Targeted):
             raise ValueError("prune_until must be more than prune_from")
         return self
 
+    def refuse(self, base: PretrainedConfig) -> None:  # noqa: ARG002 -- any base
+        """Raises UsageError under FSDP: PEFT's rank allocator takes a share of a tensor for the whole."""
+        if shards_base():
+            raise UsageError(
+                "adapter.method: adalora can't be trained with FSDP; without, several processes can train it"
+            )
+
     def peft_config(self) -> PeftConfig:
         """See Method."""
         from peft import AdaLoraConfig
@@ -69,6 +79,18 @@ class AdaLora(Targeted):
 
     def callbacks(self) -> list[TrainerCallback]:
         """See Method."""
-        from hatrack_trainer.adalora import RankAllocation
+        from hatrack_trainer.tuners.adalora import RankAllocation
 
         return [RankAllocation(self.prune_from, self.prune_until)]
+
+    def state(self, model: PeftModel) -> dict[str, Tensor]:
+        """The importance of the directions, and which of them are left."""
+        from hatrack_trainer.tuners.adalora import allocation
+
+        return allocation(model)
+
+    def load_state(self, model: PeftModel, state: dict[str, Tensor]) -> None:
+        """See Method."""
+        from hatrack_trainer.tuners.adalora import load_allocation
+
+        load_allocation(model, state)

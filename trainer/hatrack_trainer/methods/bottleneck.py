@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class Bottleneck(Method):
-    """h + U act(D h) where blocks end. Stock PEFT does not load it: import hatrack_trainer.bottleneck first.
+    """h + U act(D h) where blocks end. Stock PEFT does not load it: import hatrack_trainer.tuners.bottleneck first.
 
     From 7 B parameters on, try a fifth of the default learning rate.
     """
 
     method: Literal["bottleneck"] = "bottleneck"
-    default_learning_rate: ClassVar[float] = 3e-3
+    default_learning_rate: ClassVar[float] = 5e-3
 
     rank: int = Field(default=64, ge=1)
     """Width of the bottleneck."""
@@ -37,7 +37,7 @@ class Bottleneck(Method):
 
     def refuse(self, base: PretrainedConfig) -> None:
         """Raises UsageError when it is not known where the base's blocks end."""
-        from hatrack_trainer.bottleneck import BLOCK_ENDS
+        from hatrack_trainer.tuners.bottleneck import BLOCK_ENDS
 
         if self.target_modules is None and base.model_type not in BLOCK_ENDS:
             raise UsageError(
@@ -46,7 +46,7 @@ class Bottleneck(Method):
 
     def peft_config(self) -> PeftConfig:
         """See Method."""
-        from hatrack_trainer.bottleneck import BottleneckConfig
+        from hatrack_trainer.tuners.bottleneck import BottleneckConfig
 
         return BottleneckConfig(
             task_type=CAUSAL_LM,

@@ -36,7 +36,7 @@ class LoHa(Lycoris):
         """See Method."""
         from peft import LoHaConfig
 
-        import hatrack_trainer.lycoris  # noqa: F401  PEFT can't do it on NF4 without
+        import hatrack_trainer.tuners.lycoris  # noqa: F401  PEFT can't do it on NF4 without
 
         return LoHaConfig(
             task_type=CAUSAL_LM,
@@ -68,7 +68,7 @@ class LoKr(Lycoris):
         """See Method."""
         from peft import LoKrConfig
 
-        import hatrack_trainer.lycoris  # noqa: F401  PEFT can't do it on NF4 without
+        import hatrack_trainer.tuners.lycoris  # noqa: F401  PEFT can't do it on NF4 without
 
         return LoKrConfig(
             task_type=CAUSAL_LM,

@@ -14,13 +14,21 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class PromptTuning(Method):
+class VirtualTokens(Method):
+    """What the three share."""
+
+    # They stand before a row's first document only, and PEFT forgets where the others begin.
+    allows_packing: ClassVar[bool] = False
+
+    tokens: int = Field(default=20, ge=1)
+
+
+class PromptTuning(VirtualTokens):
     """Embeddings. From 7 B parameters on, try a third of the default learning rate."""
 
     method: Literal["prompt_tuning"] = "prompt_tuning"
     default_learning_rate: ClassVar[float] = 1e-1
 
-    tokens: int = Field(default=20, ge=1)
     init: Literal["vocabulary", "random"] = "vocabulary"
     """What they begin as: embeddings of tokens drawn from the vocabulary, or noise, which learns worse."""
 
@@ -32,7 +40,7 @@ class PromptTuning(Method):
         return PromptTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=self.tokens, prompt_tuning_init=init)
 
 
-class PTuning(Method):
+class PTuning(VirtualTokens):
     """Embeddings that a small network makes, which is no part of the artifact.
 
     From 7 B parameters on, try a tenth of the default learning rate.
@@ -41,7 +49,6 @@ class PTuning(Method):
     method: Literal["p_tuning"] = "p_tuning"
     default_learning_rate: ClassVar[float] = 5e-3
 
-    tokens: int = Field(default=20, ge=1)
     hidden_size: int | None = Field(default=None, ge=1)
     """The network's width; absent: the base's."""
 
@@ -54,15 +61,13 @@ class PTuning(Method):
         )
 
 
-class PrefixTuning(Method):
+class PrefixTuning(VirtualTokens):
     """Keys and values in every layer. From 7 B parameters on, try a third of the default learning rate."""
 
     method: Literal["prefix_tuning"] = "prefix_tuning"
     default_learning_rate: ClassVar[float] = 3e-2
     # They come as a filled cache, which layers that compute twice go without.
     allows_checkpointing: ClassVar[bool] = False
-
-    tokens: int = Field(default=20, ge=1)
 
     def peft_config(self) -> PeftConfig:
         """See Method."""

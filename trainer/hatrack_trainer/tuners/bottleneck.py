@@ -13,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 from transformers.pytorch_utils import Conv1D
+
+from hatrack_trainer.tuners.peft_types import new_peft_type
 
 NAME = "BOTTLENECK"
 PREFIX = "bottleneck_"
@@ -37,17 +39,7 @@ BLOCK_ENDS = dict.fromkeys(
 }
 
 
-def _add_peft_type() -> PeftType:
-    """PEFT's types are a closed enum, which its registry looks up by name."""
-    member = str.__new__(PeftType, NAME)
-    member._name_ = member._value_ = NAME
-    setattr(PeftType, NAME, member)
-    PeftType._member_names_.append(NAME)
-    PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
-    return member
-
-
-PEFT_TYPE = _add_peft_type()
+PEFT_TYPE = new_peft_type(NAME)
 
 
 @dataclass

@@ -37,7 +37,35 @@ class RankAllocation(TrainerCallback):
 
     def on_optimizer_step(self, _args: Any, state: Any, _control: Any, *, model: PeftModel, **_: Any) -> None:
         """Called by the trainer, with the gradients of the step, which are what importance is taken from."""
+        if state.max_steps == 1:  # pruning begins after a step, and PEFT's allocator would end before it began
+            return
         model.base_model.update_and_allocate(state.global_step + 1)
+
+
+IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's RankAllocator keeps them by the tensors' names
+PATTERN = "rank_pattern"
+
+
+def allocation(model: PeftModel) -> dict[str, Tensor]:
+    """How important each direction was so far, and which are left; PEFT saves neither before the end.
+
+    Names are `importance's name/tensor's name`; a pattern is a bool for each of a layer's directions.
+    """
+    allocator, pattern = model.base_model.rankallocator, model.peft_config["default"].rank_pattern or {}
+    found = {f"{kind}/{name}": each for kind in IMPORTANCE for name, each in getattr(allocator, kind).items()}
+    return found | {f"{PATTERN}/{name}": torch.tensor(left) for name, left in pattern.items()}
+
+
+def load_allocation(model: PeftModel, state: dict[str, Tensor]) -> None:
+    """Puts back what `allocation` gave."""
+    kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*IMPORTANCE, PATTERN)}
+    for key, tensor in state.items():
+        kind, _, name = key.partition("/")
+        kinds[kind][name] = tensor
+    pattern = kinds.pop(PATTERN)
+    model.peft_config["default"].rank_pattern = {name: left.tolist() for name, left in pattern.items()} or None
+    for kind, tensors in kinds.items():
+        setattr(model.base_model.rankallocator, kind, {name: each.to(model.device) for name, each in tensors.items()})
 
 
 def skewness(model: PeftModel) -> Tensor:

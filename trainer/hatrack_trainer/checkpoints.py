@@ -1,0 +1,220 @@
+"""Checkpoints of a run, written whole and loaded exactly: what goes on from one ends as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+
+from hatrack_trainer.artifact import all_or_nothing, writing
+from hatrack_trainer.config import TrainConfig
+from hatrack_trainer.distributed import from_first, is_first, shared_like, whole
+from hatrack_trainer.errors import NotFinite, TrainerError
+from hatrack_trainer.log import best_step, log_entries, losses
+from hatrack_trainer.methods import Method
+from hatrack_trainer.unfinished import CHECKPOINTS, RECORD, RUN_FILE, Beginning, forget
+
+TENSORS = "trained.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The checkpoints in `<output.dir>/training/checkpoints`, beside `training/run.json`; the first brings both."""
+
+    beginning: Beginning
+
+    @property
+    def folder(self) -> Path:
+        """Where they are; absent before the first."""
+        return self.beginning.config.output.dir / RECORD / CHECKPOINTS
+
+    @property
+    def latest(self) -> Path | None:
+        """The newest: all that are there are whole."""
+        found = sort_checkpoints(str(self.folder))
+        return Path(found[-1]) if found else None
+
+    def of(self, step: int) -> Path:
+        """The one after a step."""
+        return self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    @contextmanager
+    def adding(self, step: int) -> Iterator[Path]:
+        """A folder in which transformers writes the checkpoint of a step, which then becomes one of these.
+
+        Raises TrainerError when it can't be written.
+        """
+        output = self.beginning.config.output.dir
+        if not self.folder.exists():
+            with all_or_nothing(output, "output.dir") as partial:
+                yield partial / RECORD / CHECKPOINTS
+                (partial / RECORD / RUN_FILE).write_text(self.beginning.to_json())
+                _sync(partial / RECORD)
+            return
+        with writing(output, "output.dir"):
+            partial = self.folder / ".partial"
+            shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+            yield partial
+            _sync(partial)
+            (partial / self.of(step).name).rename(self.of(step))
+            partial.rmdir()
+
+    def rotate(self, best: int | None) -> None:
+        """Removes the oldest beyond how many are wanted, but not the newest, nor that of the step `best`."""
+        protected = str(self.of(best)) if best is not None and self.of(best).exists() else None
+        rotate_checkpoints(str(self.folder), self.beginning.config.output.keep_checkpoints, protected)
+
+    def drop(self, step: int) -> None:
+        """Removes the one after a step, if it is there, for it is not good; and the run, if it was the only one."""
+        shutil.rmtree(self.of(step), ignore_errors=True)
+        if self.folder.exists() and self.latest is None:
+            forget(self.beginning.config.output.dir)
+
+    def way_on(self) -> list[str]:
+        """A sentence for the user whose run has stopped; none before the first checkpoint."""
+        if self.latest is None:
+            return []
+        command = f"hatrack train resume {self.beginning.config.output.dir}"
+        step = self.latest.name.rpartition("-")[2]
+        kept = f"the checkpoint of step {step} is kept"
+        return [f"{kept}: `{command}` goes on from it, with --learning-rate at another rate"]
+
+
+class Resumable(Trainer):
+    """What makes a TRL trainer's checkpoints exact: to be named before that trainer among a class's bases.
+
+    PEFT's loading rounds tensors, forgets what an allocator knows, and not every method has one.
+    """
+
+    method: Method
+    checkpoints: Checkpoints
+
+    def load_tensors(self, checkpoint: Path) -> None:
+        """Puts what is trained, and what its method goes by, back to what it was."""
+        tensors = load_file(checkpoint / TENSORS)
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                parameter.copy_(shared_like(tensors.pop(name), parameter))
+        self.method.load_state(self.model, tensors)
+
+    @contextmanager
+    def telling(self, say: Callable[[str], None]) -> Iterator[None]:
+        """What stops the run within tells the user how it can go on."""
+        try:
+            yield
+        except TrainerError as error:
+            if isinstance(error, NotFinite) and is_first():
+                self.checkpoints.drop(self.state.global_step - 1)
+            raise type(error)("; ".join([str(error), *self.checkpoints.way_on()])) from None
+        except KeyboardInterrupt:
+            for sentence in self.checkpoints.way_on():
+                say(f"interrupted; {sentence}")
+            raise
+
+    def keep_best(self, say: Callable[[str], None]) -> int | None:
+        """After the last step, goes back to the one with the lowest held-out loss; None if `eval.every` is absent."""
+        section = self.checkpoints.beginning.config.eval
+        if section.every is None:
+            return None
+        entries = log_entries(self.state.log_history)
+        best = best_step(entries)
+        assert best is not None
+        if best < self.state.global_step:
+            self.load_tensors(self.checkpoints.of(best))
+        taken = losses(entries, "eval_loss")
+        say(
+            f"the adapter of step {best} is kept: its held-out loss is the lowest of {len(taken)}, "
+            f"the last of step {taken[-1][0]}"
+        )
+        return best
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        adding = self.checkpoints.adding(self.state.global_step)
+        with ExitStack() as stack:
+            folder = from_first(lambda: stack.enter_context(adding))
+            self.args.output_dir = str(folder)
+            try:
+                Trainer._save_checkpoint(self, model, trial)  # TRL's own writes a model card, too
+            except RuntimeError as error:  # torch's of a full disk
+                raise OSError(str(error).splitlines()[0]) from None
+            self.accelerator.wait_for_everyone()
+        if is_first():
+            self.checkpoints.rotate(best_step(log_entries(self.state.log_history)))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves what is trained, and what its method goes by, to a checkpoint's folder. Called by the trainer."""
+        assert output_dir is not None
+        tensors = {name: whole(parameter).contiguous() for name, parameter in self._trained().items()}
+        if is_first():
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # another process may have come first
+            save_file(tensors | self.method.state(self.model), Path(output_dir) / TENSORS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        self.load_tensors(Path(resume_from_checkpoint))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        if self.is_fsdp_enabled:
+            self.model.state_dict()  # makes FSDP take back what its last forward left whole
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        schedule: Any = self.lr_scheduler
+        rates = list(schedule.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # A checkpoint brings its own rates, but this run may have been given another one.
+        schedule.base_lrs = rates
+        schedule._last_lr = [
+            rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
+        ]
+        for group, initial, rate in zip(self.optimizer.param_groups, rates, schedule._last_lr, strict=True):
+            group.update(initial_lr=initial, lr=rate)
+
+
+class Schedule(TrainerCallback):
+    """When a run evaluates, writes a checkpoint, and stops early.
+
+    All is told from the log, which checkpoints keep; of the last step there is none, for the artifact follows it.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._every = config.output.checkpoint_every
+        self._eval = config.eval
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the trainer."""
+        step, last = state.global_step, state.global_step >= state.max_steps
+        control.should_save = not last and _divides(self._every, step)
+        control.should_evaluate = _divides(self._eval.every, step) or (last and self._eval.every is not None)
+
+    def on_evaluate(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the trainer, also where it evaluates once after all steps."""
+        if self._eval.every is None or state.global_step >= state.max_steps:
+            return
+        found = losses(log_entries(state.log_history), "eval_loss")
+        since_best = sum(step > (best_step(log_entries(state.log_history)) or 0) for step, _ in found)
+        if since_best == 0:
+            control.should_save = True
+        elif since_best == self._eval.patience:
+            control.should_training_stop, control.should_save = True, False
+
+
+def _divides(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _sync(folder: Path) -> None:
+    """Waits until the files in it are on the disk: a rename may get there before them."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())

@@ -1,0 +1,143 @@
+"""`hatrack train estimate`: what a run would take of memory and of time, before it is begun."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from hatrack_server.model.checkpoint import resolve_checkpoint
+from hatrack_trainer.config import TrainConfig
+from hatrack_trainer.data import Example
+from hatrack_trainer.data.read import ExampleSet, read_data
+from hatrack_trainer.distributed import own_device
+from hatrack_trainer.dpo import make_pair_trainer
+from hatrack_trainer.estimate.memory import Memory, available_memory, check_memory, estimate_memory, largest_batch
+from hatrack_trainer.estimate.remedies import changed, gigabytes
+from hatrack_trainer.objective import check_objective
+from hatrack_trainer.run import load_trainer
+from hatrack_trainer.sft import make_trainer
+from hatrack_trainer.targets import check_adapter
+
+STEPS = 3
+"""Measured, of which the first, that makes what later ones have, does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """How long a run takes."""
+
+    seconds_per_batch: float  # of its longest rows
+    steps: int
+    seconds: float  # all steps, by their rows' tokens; without evaluations and checkpoints
+
+
+def estimate(config: TrainConfig, console: Console, say: Callable[[str], None] = lambda _: None) -> Duration:
+    """Prints the memory by part against what is free, then loads the base and prints the time by a few real steps.
+
+    Writes no files. `say` gets sentences on what is being done. Raises UsageError, after the table, for a run that does
+    not fit; NoEstimate for a base whose memory can't be told; and what `train` raises.
+    """
+    checkpoint = resolve_checkpoint(config.base.model)
+    check_adapter(config.adapter, checkpoint)
+    train_set = read_data(config.data, checkpoint).train
+    check_objective(config, train_set)
+    cuda = own_device() != "cpu"
+    memory = estimate_memory(config, checkpoint, largest_batch(config, train_set), cuda=cuda)
+    available = available_memory(cuda=cuda)
+    console.print(_table(memory, available, "CUDA" if cuda else "the CPU"))
+    if memory.total > available:
+        check_memory(config, checkpoint, train_set, cuda=cuda)
+    say(f"measuring {STEPS} steps")
+    duration = _measure(config, checkpoint, train_set)
+    console.print(Text(_sentence(duration)), soft_wrap=True)
+    return duration
+
+
+def batches_of(lengths: list[int], config: TrainConfig) -> list[int]:
+    """The tokens of an epoch's batches, padding included, of rows of these lengths in the file's order."""
+    if config.train.packing:
+        lengths = [config.data.max_length] * math.ceil(sum(lengths) / config.data.max_length)
+    size = config.train.batch_size
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    return [len(batch) * max(batch) for batch in batches]
+
+
+def steps_of(batches: int, config: TrainConfig) -> int:
+    """The optimizer's steps of a run that has so many batches in an epoch."""
+    train = config.train
+    return train.max_steps or math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
+
+
+def _measure(config: TrainConfig, checkpoint: Path, train_set: ExampleSet) -> Duration:
+    ended: list[float] = []
+    make = make_pair_trainer if train_set.pairs else make_trainer
+    measured = _longest(config, train_set)
+    examples = [each for row in measured for each in row]
+    trainer = load_trainer(
+        make, _few_steps(config), checkpoint, examples, None, lambda *_: ended.append(time.perf_counter())
+    )
+    trainer.train()
+    seconds = (ended[-1] - ended[0]) / (len(ended) - 1)
+    batches = batches_of([_length(row) for row in _rows(train_set)], config)
+    steps = steps_of(len(batches), config)
+    share = sum(batches) / len(batches) / max(batches_of([_length(row) for row in measured], config))
+    return Duration(seconds, steps, seconds * share * steps * config.train.gradient_accumulation)
+
+
+def _few_steps(config: TrainConfig) -> TrainConfig:
+    return changed(
+        config,
+        {
+            "train.max_steps": STEPS,
+            "train.gradient_accumulation": 1,
+            "train.trackers": [],
+            "output.checkpoint_every": None,
+            "eval.every": None,
+        },
+    )
+
+
+def _rows(train_set: ExampleSet) -> list[list[Example]]:
+    """The examples of each row: of a preference, two."""
+    size = 2 if train_set.pairs else 1
+    examples = train_set.examples
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def _length(row: list[Example]) -> int:
+    return max(len(each.input_ids) for each in row)
+
+
+def _longest(config: TrainConfig, train_set: ExampleSet) -> list[list[Example]]:
+    """Rows enough for the measured steps; to be packed, all, as each packed row is as full as the others."""
+    rows = sorted(_rows(train_set), key=_length, reverse=True)
+    return rows if config.train.packing else rows[: STEPS * config.train.batch_size]
+
+
+def _table(memory: Memory, available: int, device: str) -> Table:
+    table = Table("memory", Column("needed", justify="right"), box=None)
+    for part, size in asdict(memory).items():
+        table.add_row(part, gigabytes(size))
+    table.add_row("in all", gigabytes(memory.total), style="bold")
+    table.add_row(f"free on {device}", gigabytes(available))
+    return table
+
+
+def _sentence(duration: Duration) -> str:
+    return (
+        f"time: {_clock(duration.seconds)} for {duration.steps} steps, by {duration.seconds_per_batch:.2f} s for a "
+        "batch of the longest rows; evaluations and checkpoints come on top"
+    )
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

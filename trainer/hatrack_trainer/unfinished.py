@@ -1,0 +1,107 @@
+"""What is in the folder of a run that is not finished: how it began, beside its checkpoints. Costs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hatrack.manifest import WEIGHTS_FILE, BaseIdentity, file_sha256
+from hatrack_trainer.config import DataSection, TrainConfig
+from hatrack_trainer.errors import UsageError
+
+RECORD = "training"  # the folder of all that is no part of the artifact
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a run must find again when it goes on."""
+
+    config: TrainConfig
+    base: BaseIdentity
+    data: dict[str, str]  # sha256 of each file that the section data names, by its key there
+
+    def to_json(self) -> str:
+        """The file's text; paths in it are absolute."""
+        config = self.config.model_dump(mode="json")
+        config["data"] |= {key: str(file.absolute()) for key, file in data_files(self.config.data).items()}
+        if Path(self.config.base.model).is_dir():
+            config["base"]["model"] = str(Path(self.config.base.model).absolute())
+        return json.dumps({"config": config, "base": asdict(self.base), "data": self.data}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, folder: Path) -> Beginning:
+        """Of the run in `folder`, which may have been moved. Raises ValueError, KeyError or TypeError."""
+        raw: dict[str, Any] = json.loads(text)
+        raw["config"]["output"]["dir"] = str(folder)
+        return cls(TrainConfig.model_validate(raw["config"]), BaseIdentity(**raw["base"]), dict(raw["data"]))
+
+    def at_rate(self, learning_rate: float) -> Beginning:
+        """As if it had begun with another learning rate. Raises UsageError for one that is none."""
+        if not 0 < learning_rate < math.inf:
+            raise UsageError("--learning-rate: must be a positive number")
+        train = self.config.train.model_copy(update={"learning_rate": learning_rate})
+        return replace(self, config=self.config.model_copy(update={"train": train}))
+
+    def check_same(self, other: Beginning) -> None:
+        """Raises UsageError, naming the key, when `other` has other data or another base."""
+        for key, digest in self.data.items():
+            if other.data[key] != digest:
+                raise UsageError(f"data.{key}: {getattr(self.config.data, key)} has changed since the run began")
+        if other.base != self.base:
+            raise UsageError(f"base.model: {self.config.base.model} has changed since the run began")
+
+
+def data_files(section: DataSection) -> dict[str, Path]:
+    """The files that are read, by their keys."""
+    return {"train": section.train} | ({"eval": section.eval} if section.eval else {})
+
+
+def data_digests(section: DataSection) -> dict[str, str]:
+    """sha256 of each."""
+    return {key: file_sha256(file) for key, file in data_files(section).items()}
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run can go on there."""
+    return (folder / RECORD / RUN_FILE).is_file() and not _is_finished(folder)
+
+
+def read_beginning(folder: Path) -> Beginning:
+    """How the unfinished run in a folder began. Raises UsageError where there is none."""
+    try:
+        if _is_finished(folder):
+            raise UsageError(f"{folder}: the run is finished")
+        return Beginning.from_json((folder / RECORD / RUN_FILE).read_text(), folder)
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: holds no unfinished run; `hatrack train run` begins one") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{folder / RECORD / RUN_FILE}: can't be read: {reason}") from None
+
+
+def write_beginning(beginning: Beginning) -> None:
+    """Puts it in place of what is there, whole."""
+    file = beginning.config.output.dir / RECORD / RUN_FILE
+    partial = file.with_suffix(".partial")
+    partial.write_text(beginning.to_json())
+    partial.replace(file)
+
+
+def forget(folder: Path) -> None:
+    """Removes all that makes a run unfinished, and what is empty then."""
+    (folder / RECORD / RUN_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / RECORD / CHECKPOINTS, ignore_errors=True)
+    with suppress(OSError):
+        (folder / RECORD).rmdir()
+        folder.rmdir()
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / WEIGHTS_FILE).is_file()
