@@ -220,9 +220,16 @@ def test_nothing_of_adalora_is_trained_that_is_not_saved(checkpoint: Path) -> No
     assert {key.replace(".default", "") for key in trained} == saved.keys()
 
 
-def test_llama_adapters_and_plain_weights_in_16_bits_do_not_meet_on_a_cpu(checkpoint: Path) -> None:
+def test_llama_adapters_and_plain_weights_without_autocast_do_not_meet_on_a_cpu(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match=r"llama_adapter on a CPU needs base\.quantization nf4"):
-        trainer_of(checkpoint, "llama_adapter", torch.bfloat16, quantization="none")
+        trainer_of(checkpoint, "llama_adapter", torch.float16, quantization="none")
+
+
+def test_llama_adapters_learn_beside_plain_weights_in_bfloat16(checkpoint: Path) -> None:
+    trainer = trainer_of(checkpoint, "llama_adapter", torch.bfloat16, quantization="none")
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
 
 
 def test_a_part_that_gets_no_gradient_stops_the_run(checkpoint: Path) -> None:

@@ -50,9 +50,10 @@ class LlamaAdapter(Method):
         PEFT binds `forward` when it wraps the base (tuners/adaption_prompt/model.py). Raises UsageError where prompts
         in 32 bits would meet plain weights in 16 without autocast.
         """
+        import torch
         from peft.tuners.adaption_prompt import AdaptedAttention
 
         weight = next(m for m in model.modules() if isinstance(m, AdaptedAttention)).model.k_proj.weight
-        if weight.device.type == "cpu" and weight.itemsize == 2:
-            raise UsageError("adapter.method: llama_adapter on a CPU needs base.quantization nf4, or a base in 32 bits")
+        if weight.device.type == "cpu" and weight.dtype == torch.float16:
+            raise UsageError("adapter.method: llama_adapter on a CPU needs base.quantization nf4, or a base in bfloat16")
         model.base_model.forward = model.get_base_model().forward
