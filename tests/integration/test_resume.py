@@ -16,9 +16,10 @@ from tiny import make_checkpoint
 
 from hatrack_client.cli import run as hatrack
 from hatrack_trainer.config import TrainConfig
-from hatrack_trainer.errors import TrainingStopped, UsageError
+from hatrack_trainer.errors import TrainerError, TrainingStopped, UsageError
 from hatrack_trainer.methods import methods
 from hatrack_trainer.run import TrainingResult, resume, train
+from hatrack_trainer.unfinished import claimed
 
 # PEFT takes what AdaLoRA has pruned to rank 0 for a shard that was not gathered.
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.s. have invalid shape")
@@ -246,3 +247,43 @@ class TestRefusals:
         with pytest.raises(UsageError) as caught:
             resume(tmp_path)
         assert str(caught.value) == f"{tmp_path}: holds no unfinished run; `hatrack train run` begins one"
+
+    @pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+    def test_a_checkpoint_that_was_cut(self, unfinished: Path, name: str) -> None:
+        file = unfinished / "training" / "checkpoints" / "checkpoint-2" / name
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(UsageError) as caught:
+            resume(unfinished)
+        assert str(caught.value) == (
+            f"{file}: is damaged; without checkpoint-2 the run goes on from the checkpoint before"
+        )
+
+    def test_a_checkpoint_that_lacks_a_part(self, unfinished: Path) -> None:
+        (unfinished / "training" / "checkpoints" / "checkpoint-2" / "optimizer.pt").unlink()
+        with pytest.raises(UsageError, match=r"optimizer\.pt: is damaged"):
+            resume(unfinished)
+
+    def test_a_run_that_another_process_is_at(self, unfinished: Path) -> None:
+        before = contents(unfinished)
+        with claimed(unfinished), pytest.raises(UsageError) as caught:
+            resume(unfinished)
+        assert str(caught.value) == f"{unfinished}: another process is at this run"
+        assert contents(unfinished) == before
+
+    def test_a_folder_that_takes_nothing_more(self, unfinished: Path) -> None:
+        (unfinished / "training" / "run.partial").mkdir()
+        with pytest.raises(TrainerError, match=r"^output\.dir: .* can't be written: "):
+            resume(unfinished)
+
+
+def test_nobody_else_goes_on_with_a_run_that_still_runs(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    refusals: list[str] = []
+
+    def intrude(step: int, *_: Any) -> None:
+        if step == 3:
+            with pytest.raises(UsageError) as caught, claimed(tmp_path / "out"):
+                pass
+            refusals.append(str(caught.value))
+
+    assert train(configure(checkpoint, data, tmp_path / "out"), on_step=intrude).steps == STEPS
+    assert refusals == [f"{tmp_path / 'out'}: another process is at this run"]

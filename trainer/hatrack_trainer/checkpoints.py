@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -18,13 +21,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hatrack_trainer.artifact import all_or_nothing, writing
 from hatrack_trainer.config import TrainConfig
-from hatrack_trainer.distributed import from_first, is_first, shared_like, whole
-from hatrack_trainer.errors import NotFinite, TrainerError
+from hatrack_trainer.distributed import from_first, is_first, shards_base, shared_like, whole
+from hatrack_trainer.errors import NotFinite, TrainerError, UsageError
 from hatrack_trainer.log import best_step, log_entries, losses
 from hatrack_trainer.methods import Method
-from hatrack_trainer.unfinished import CHECKPOINTS, RECORD, RUN_FILE, Beginning, forget
+from hatrack_trainer.unfinished import CHECKPOINTS, RECORD, RUN_FILE, Beginning, claimed, forget
 
 TENSORS = "trained.safetensors"
+READERS: dict[str, Callable[[Path], Any]] = {
+    TENSORS: load_file,
+    "optimizer.pt": lambda file: torch.load(file, weights_only=True),
+    "scheduler.pt": lambda file: torch.load(file, weights_only=True),
+    "trainer_state.json": lambda file: json.loads(file.read_text()),
+}
+"""What a checkpoint must hold: transformers goes on without some of it, otherwise than before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,19 @@ class Checkpoints:
         """The newest: all that are there are whole."""
         found = sort_checkpoints(str(self.folder))
         return Path(found[-1]) if found else None
+
+    def check_latest(self) -> None:
+        """Raises UsageError for a newest one that was damaged since."""
+        for name, read in READERS.items():
+            file = (self.latest or self.folder) / name
+            if self.latest is None or (shards_base() and file.suffix == ".pt"):  # shares have other names
+                continue
+            try:
+                read(file)
+            except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError):
+                raise UsageError(
+                    f"{file}: is damaged; without {self.latest.name} the run goes on from the checkpoint before"
+                ) from None
 
     def of(self, step: int) -> Path:
         """The one after a step."""
@@ -98,6 +121,8 @@ class Resumable(Trainer):
 
     method: Method
     checkpoints: Checkpoints
+    _claims: ExitStack
+    _claimed = False
 
     def load_tensors(self, checkpoint: Path) -> None:
         """Puts what is trained, and what its method goes by, back to what it was."""
@@ -109,7 +134,14 @@ class Resumable(Trainer):
 
     @contextmanager
     def telling(self, say: Callable[[str], None]) -> Iterator[None]:
-        """What stops the run within tells the user how it can go on."""
+        """What stops the run within tells the user how it can go on; meanwhile no other process can."""
+        with ExitStack() as self._claims:
+            self._claim()
+            with self._telling(say):
+                yield
+
+    @contextmanager
+    def _telling(self, say: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         except TrainerError as error:
@@ -138,6 +170,12 @@ class Resumable(Trainer):
         )
         return best
 
+    def _claim(self) -> None:
+        output = self.checkpoints.beginning.config.output.dir
+        if is_first() and not self._claimed and self.checkpoints.folder.exists():
+            self._claims.enter_context(claimed(output))
+            self._claimed = True
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         adding = self.checkpoints.adding(self.state.global_step)
         with ExitStack() as stack:
@@ -148,6 +186,7 @@ class Resumable(Trainer):
             except RuntimeError as error:  # torch's of a full disk
                 raise OSError(str(error).splitlines()[0]) from None
             self.accelerator.wait_for_everyone()
+        self._claim()
         if is_first():
             self.checkpoints.rotate(best_step(log_entries(self.state.log_history)))
 

@@ -52,17 +52,17 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clea
 class TrainSection(Section):
     """The optimisation."""
 
-    epochs: Real = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)
+    epochs: Real = Field(default=1.0, gt=0, le=10**6)
+    max_steps: int | None = Field(default=None, ge=1, le=10**9)
     """Optimizer steps; overrides epochs."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=2**16)
     """Rows in memory at once."""
-    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1, le=2**16)
     """Batches per optimizer step."""
     learning_rate: PositiveReal | None = None
     """Absent: the adapter method's own, which suits bases of a billion parameters or less; larger ones want less."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=10**9)
     weight_decay: Real = Field(default=0.0, ge=0)
     max_grad_norm: Real = Field(default=1.0, gt=0)
     optimizer: Optimizer = "paged_adamw_32bit"
@@ -144,6 +144,8 @@ class TrainConfig(Section):
         events = self.train.logging_dir
         if events is not None and events.resolve().is_relative_to(self.output.dir.resolve()):
             raise ValueError("train.logging_dir: must lie outside output.dir, which is written as a whole")
+        if self.train.max_steps is not None and self.train.warmup_steps >= self.train.max_steps:
+            raise ValueError("train.warmup_steps: must be less than train.max_steps")
         if self.eval.every is not None and self.data.eval is None:
             raise ValueError("eval.every: needs data.eval")
         if self.eval.patience is not None and self.eval.every is None:
@@ -152,5 +154,5 @@ class TrainConfig(Section):
 
     @property
     def learning_rate(self) -> float:
-        """What the optimizer begins with: `train.learning_rate`, or the method's own."""
+        """`train.learning_rate`, or the method's own; of which preference pairs take less, see objective.py."""
         return self.train.learning_rate or self.adapter.default_learning_rate

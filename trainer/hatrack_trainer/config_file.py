@@ -33,8 +33,9 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> TrainConfig:
         return TrainConfig.model_validate(sections)
     except ValidationError as error:
         first = min(error.errors(), key=_urgency)
-        place = SET if _is_of(first["loc"][:2], changed) else path
-        raise ConfigError(f"{place}: {_sentence(first, sections)}") from None
+        sentence = _sentence(first, sections)
+        place = SET if _is_of(first["loc"][:2], changed, sentence) else path
+        raise ConfigError(f"{place}: {sentence}") from None
 
 
 def _read(path: Path) -> Sections:
@@ -104,8 +105,11 @@ def _parse(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _is_of(location: Key, changed: set[Key]) -> bool:
-    return location != () and any(key[: len(location)] == location for key in changed)
+def _is_of(location: Key, changed: set[Key], sentence: str) -> bool:
+    """Whether one of the changes is wrong; what two keys have against each other has no place but its sentence."""
+    if location == ():
+        return any(".".join(map(str, key)) in sentence for key in changed)
+    return any(key[: len(location)] == location for key in changed)
 
 
 def _urgency(error: Any) -> tuple[bool, bool]:

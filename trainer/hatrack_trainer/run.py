@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Trainer
 from hatrack.manifest import BaseIdentity
 from hatrack_server.model.checkpoint import identify, resolve_checkpoint
 from hatrack_server.model.load import load_base, read_config
-from hatrack_trainer.artifact import check_output_folder, write_artifact
+from hatrack_trainer.artifact import check_output_folder, write_artifact, writing
 from hatrack_trainer.checkpoints import Checkpoints, Resumable
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.data import Example
@@ -108,10 +108,13 @@ def _run(
     beginning = Beginning(config, identity, data_digests(config.data))
     if began is not None:
         began.check_same(beginning)
-        from_first(lambda: write_beginning(beginning))
+        Checkpoints(beginning).check_latest()
     if fallback := fallback_remark(config.train.optimizer, cuda=own_device() != "cpu"):
         say(fallback)
     _check_memory(config, checkpoint, data.train, say)
+    if began is not None:
+        with writing(config.output.dir, "output.dir"):
+            from_first(lambda: write_beginning(beginning))
     make = make_pair_trainer if data.train.pairs else make_trainer
     trainer = load_trainer(
         make, config, checkpoint, data.train.examples, data.held_out.examples if data.held_out else None, on_step

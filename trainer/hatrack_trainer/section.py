@@ -14,8 +14,14 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError("must be a path")
+    return value
+
+
 # Strict but for these two: YAML has no paths, and PyYAML reads `2e-4` (no dot) as text.
-FilePath = Annotated[Path, Field(strict=False)]
+FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_path)]
 Real = Annotated[float, Field(strict=False, allow_inf_nan=False), BeforeValidator(_no_truth_value)]
 PositiveReal = Annotated[float, Field(strict=False, allow_inf_nan=False, gt=0), BeforeValidator(_no_truth_value)]
 """For what may be absent, too: a bound beside `Real | None` would be none of the number's."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,20 @@ def write_beginning(beginning: Beginning) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(beginning.to_json())
     partial.replace(file)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps the run in a folder from other processes; raises UsageError where another has it."""
+    descriptor = os.open(folder / RECORD, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process is at this run") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def forget(folder: Path) -> None:

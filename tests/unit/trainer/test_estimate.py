@@ -17,8 +17,9 @@ from trl import SFTTrainer
 from hatrack_server.model.load import load_base, read_config
 from hatrack_trainer.config import BaseSection, DataSection, OutputSection, TrainConfig, TrainSection
 from hatrack_trainer.data import Example
+from hatrack_trainer.data.read import ExampleSet, read_data
 from hatrack_trainer.errors import NoEstimate, UsageError
-from hatrack_trainer.estimate.memory import Batch, estimate_memory
+from hatrack_trainer.estimate.memory import Batch, estimate_memory, largest_batch
 from hatrack_trainer.estimate.peak import Peak
 from hatrack_trainer.estimate.remedies import changed, check_fits, fitting, gigabytes
 from hatrack_trainer.estimate.report import batches_of, steps_of
@@ -156,6 +157,27 @@ class TestMemory:
         estimate_memory(configure(tiny_llama), tiny_llama, Batch(1, 16), cuda=False)
         base: PreTrainedModel = load_base(tiny_llama, quantization="nf4", dtype=None, device="cpu")
         assert base(input_ids=torch.tensor([[65, 66]])).logits.isfinite().all()
+
+
+class TestLargestBatch:
+    """Of three rows, whose longest has 4 tokens more than the shortest."""
+
+    @pytest.fixture
+    def three(self, tiny_llama: Path, tmp_path: Path) -> ExampleSet:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(f'{{"prompt": "a", "completion": "{"b" * count}"}}\n' for count in (1, 3, 5)))
+        return read_data(DataSection(train=file), tiny_llama).train
+
+    def test_has_no_more_rows_than_there_are(self, tiny_llama: Path, three: ExampleSet) -> None:
+        longest = max(len(example.input_ids) for example in three.examples)
+        assert largest_batch(configure(tiny_llama, batch_size=2), three) == Batch(2, longest)
+        assert largest_batch(configure(tiny_llama, batch_size=2**16), three) == Batch(3, longest)
+
+    def test_has_no_more_packed_tokens_than_there_are(self, tiny_llama: Path, three: ExampleSet) -> None:
+        total = sum(len(example.input_ids) for example in three.examples)
+        config = configure(tiny_llama, batch_size=1, packing=True)
+        assert largest_batch(config, three) == Batch(1, total)
+        assert largest_batch(changed(config, {"data.max_length": 8}), three) == Batch(1, 8)
 
 
 class TestPeak:

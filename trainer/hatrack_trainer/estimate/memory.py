@@ -52,10 +52,10 @@ class Batch:
 
 
 def largest_batch(config: TrainConfig, train: ExampleSet) -> Batch:
-    """A preference pair is two rows; a row of packed documents has `data.max_length` tokens."""
-    longest = max(len(example.input_ids) for example in train.examples)
-    tokens = config.data.max_length if config.train.packing else min(longest, config.data.max_length)
-    return Batch(config.train.batch_size * (2 if train.pairs else 1), tokens)
+    """A preference pair is two rows; a row of packed documents has `data.max_length` tokens, or those of all."""
+    lengths = [len(example.input_ids) for example in train.examples]
+    tokens = min(sum(lengths) if config.train.packing else max(lengths), config.data.max_length)
+    return Batch(min(config.train.batch_size * (2 if train.pairs else 1), len(lengths)), tokens)
 
 
 def estimate_memory(config: TrainConfig, checkpoint: Path, batch: Batch, *, cuda: bool) -> Memory:

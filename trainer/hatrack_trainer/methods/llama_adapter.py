@@ -55,5 +55,5 @@ class LlamaAdapter(Method):
 
         weight = next(m for m in model.modules() if isinstance(m, AdaptedAttention)).model.k_proj.weight
         if weight.device.type == "cpu" and weight.dtype == torch.float16:
-            raise UsageError("adapter.method: llama_adapter on a CPU needs base.quantization nf4, or a base in bfloat16")
+            raise UsageError("adapter.method: llama_adapter on a CPU needs base.quantization nf4 or a bfloat16 base")
         model.base_model.forward = model.get_base_model().forward
