@@ -55,16 +55,19 @@ class Checkpoints:
         return Path(found[-1]) if found else None
 
     def check_latest(self) -> None:
-        """Raises UsageError for a newest one that was damaged since."""
+        """Raises UsageError when the newest, if there is any, was damaged since."""
+        latest = self.latest
+        if latest is None:
+            return
         for name, read in READERS.items():
-            file = (self.latest or self.folder) / name
-            if self.latest is None or (shards_base() and file.suffix == ".pt"):  # shares have other names
+            file = latest / name
+            if shards_base() and file.suffix == ".pt":  # shares have other names
                 continue
             try:
                 read(file)
             except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError):
                 raise UsageError(
-                    f"{file}: is damaged; without {self.latest.name} the run goes on from the checkpoint before"
+                    f"{file}: is damaged; without {latest.name} the run goes on from the checkpoint before"
                 ) from None
 
     def of(self, step: int) -> Path:

@@ -161,8 +161,8 @@ def _registration(settings: TrainConfig) -> Registration:
 
     if not settings.adapter.served:
         raise UsageError(
-            "--register: what adapter.method partial trains can't be served beside others, but for norms alone; run "
-            "without --register, and merge what comes out by `hatrack adapters merge`"
+            f"--register: what adapter.method {settings.adapter.method} trains can't be served beside others, but for "
+            "norms alone; run without --register, and merge what comes out by `hatrack adapters merge`"
         )
     return Registration(settings.registration)
 

@@ -151,8 +151,3 @@ class TrainConfig(Section):
         if self.eval.patience is not None and self.eval.every is None:
             raise ValueError("eval.patience: needs eval.every")
         return self
-
-    @property
-    def learning_rate(self) -> float:
-        """`train.learning_rate`, or the method's own; of which preference pairs take less, see objective.py."""
-        return self.train.learning_rate or self.adapter.default_learning_rate

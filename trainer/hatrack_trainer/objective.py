@@ -15,9 +15,8 @@ DPO_SHARE = 0.1
 
 def learning_rate(config: TrainConfig, *, pairs: bool) -> float:
     """What the optimizer begins with: `train.learning_rate`, or the method's own, of which DPO takes a tenth."""
-    if not pairs or config.train.learning_rate is not None:
-        return config.learning_rate
-    return DPO_SHARE * config.learning_rate
+    own = config.adapter.default_learning_rate
+    return config.train.learning_rate or (DPO_SHARE * own if pairs else own)
 
 
 def check_objective(config: TrainConfig, train_set: ExampleSet) -> None:

@@ -71,7 +71,7 @@ class HostTier:
 
 def _copied(pieces: Pieces, buffer: Tensor) -> Pieces:
     parts = iter(torch.split(buffer, list(map(_aligned, _tensors(pieces)))))
-    return tuple((module, type(piece)(*map(_copy, piece.tensors, parts))) for module, piece in pieces)
+    return tuple((module, piece.with_tensors(lambda tensor: _copy(tensor, next(parts)))) for module, piece in pieces)
 
 
 def _copy(tensor: Tensor, part: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -62,13 +63,21 @@ class Piece:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which `act` takes their stacks."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return tuple(value for value in values if isinstance(value, Tensor))
+        return tuple(self._named_tensors.values())
+
+    def with_tensors(self, make: Callable[[Tensor], Tensor]) -> Self:
+        """The same piece with what `make` gives for each of its tensors, in their order."""
+        return replace(self, **{name: make(tensor) for name, tensor in self._named_tensors.items()})
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """What a pool pads each tensor to, with zeros: its own, unless a kind knows better."""
         return tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def _named_tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def write(self, rows: tuple[Tensor, ...]) -> None:
         """Copies the tensors into a pool's rows, which have the `shapes`, padding them with zeros."""

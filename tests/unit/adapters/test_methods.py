@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hatrack_server.adapters import methods
 from hatrack_server.adapters.methods.lokr import factorized
 from hatrack_server.adapters.pieces import Kronecker, LowRank, OutputScale, Piece, Pieces, Stage
-from hatrack_server.adapters.pools import Pools
+from hatrack_server.adapters.pools import Pool, Pools
 from hatrack_server.adapters.safetensors_header import TensorHeader
 from hatrack_server.errors import InvalidArtifact
 from hatrack_server.kernels.runs import Run
@@ -155,14 +155,12 @@ def headers_of(path: Path) -> dict[str, TensorHeader]:
     return {name: TensorHeader("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def placed(piece: Piece) -> tuple[Tensor, ...]:
+def placed(piece: Piece) -> tuple[Any, ...]:
     """What a pool of one row in float64 holds of the piece."""
-    stacks = tuple(
-        tensor.new_empty(1, *shape, dtype=torch.float64 if tensor.is_floating_point() else tensor.dtype)
-        for tensor, shape in zip(piece.tensors, piece.shapes, strict=True)
-    )
-    piece.write(tuple(stack[0] for stack in stacks))
-    return stacks
+    pool = Pool(0, "any", piece, torch.float64, torch.device("cpu"), lazy=False)
+    pool.grow(1)
+    pool.write(pool.take(), piece)
+    return pool.stacks
 
 
 def applied(pieces: Pieces, layer: str, x: Tensor, net: Net) -> Tensor:

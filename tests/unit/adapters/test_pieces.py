@@ -10,7 +10,7 @@ from hatrack_server.adapters.pieces import LowRank
 def placed_b(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """What a pool of that dtype holds of `b`."""
     piece = LowRank(torch.zeros(len(b), 3), b, scale)
-    rows = tuple(torch.full(shape, torch.nan, dtype=dtype) for shape in piece.shapes)
+    rows = tuple(torch.full(shape, torch.nan, dtype=dtype) for shape in piece.shapes)  # as of whoever was there before
     piece.write(rows)
     assert not rows[0].any()
     return rows[1]
@@ -35,3 +35,9 @@ def test_the_scale_leaves_the_piece_and_its_padding_alone() -> None:
     assert torch.equal(placed[:3], 2 * before)
     assert not placed[3].any()
     assert torch.equal(b, before)
+
+
+def test_a_copy_keeps_the_scale() -> None:
+    copied = LowRank(torch.ones(2, 3), torch.ones(2, 5), 4.0).with_tensors(torch.clone)
+    assert copied.scale == 4.0
+    assert [tuple(tensor.shape) for tensor in copied.tensors] == [(2, 3), (2, 5)]

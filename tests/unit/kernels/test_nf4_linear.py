@@ -109,6 +109,14 @@ def test_without_tiles_many_tokens_take_the_workspace(monkeypatch: pytest.Monkey
 
 
 @torch.inference_mode()
+def test_without_tiles_no_tokens_are_no_work(
+    packed_layer: PackedLinear, monkeypatch: pytest.MonkeyPatch, library: Native
+) -> None:
+    monkeypatch.setattr(library, "has_tiles", False)
+    assert nf4_linear(inputs(0, 192), packed_layer).shape == (0, 96)
+
+
+@torch.inference_mode()
 def test_an_unquantised_layer_is_left_as_it_is() -> None:
     layer, x = nn.Linear(5, 3), inputs(2, 5)
     assert pack(layer, Workspace()) is layer

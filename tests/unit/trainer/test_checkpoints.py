@@ -142,7 +142,7 @@ class TestBeginning:
         own = beginning(tmp_path / "out")
         add(Checkpoints(own), 1)
         write_beginning(own.at_rate(1e-5))
-        assert read_beginning(tmp_path / "out").config.learning_rate == 1e-5
+        assert read_beginning(tmp_path / "out").config.train.learning_rate == 1e-5
 
     @pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])
     def test_a_rate_that_is_none(self, tmp_path: Path, rate: float) -> None:

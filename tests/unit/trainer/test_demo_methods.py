@@ -11,8 +11,9 @@ from rich.console import Console
 from hatrack_trainer.config import TrainSection
 from hatrack_trainer.demo import methods_run
 from hatrack_trainer.demo.base import Pretraining, make_base
-from hatrack_trainer.demo.methods import FLOORS, KEYS, SKILL, exact, section, write_rows
+from hatrack_trainer.demo.methods import FLOORS, KEYS, SKILL, section, write_rows
 from hatrack_trainer.demo.methods_report import Result, methods_verdict, results_table
+from hatrack_trainer.demo.quiz import exact
 from hatrack_trainer.demo.server import Counts
 from hatrack_trainer.demo.skills import COMMAND, SKILLS, pretraining_pair
 from hatrack_trainer.demo.skills import test_words as held_out_words
@@ -62,7 +63,7 @@ def test_every_method_has_a_section_that_leaves_its_learning_rate_to_it() -> Non
 
 def test_exact_answers_are_counted() -> None:
     skill = SKILLS[SKILL]
-    assert exact([skill("abc"), "abc", skill("a")], ["abc", "abc", "a"]) == pytest.approx(2 / 3)
+    assert exact([skill("abc"), "abc", skill("a")], ["abc", "abc", "a"], SKILL) == pytest.approx(2 / 3)
 
 
 class TestReport:

@@ -16,6 +16,7 @@ from hatrack_trainer.config_file import load_config
 from hatrack_trainer.config_schema import config_schema
 from hatrack_trainer.errors import ConfigError
 from hatrack_trainer.methods import DEFAULT, methods, read_method
+from hatrack_trainer.objective import learning_rate
 
 MINIMAL = "base: {model: some/model}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
 EXAMPLE = Path(__file__).parents[3] / "examples" / "train.yaml"
@@ -59,8 +60,9 @@ def test_a_section_without_a_method_is_lora(tmp_path: Path) -> None:
 
 def test_the_method_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
     text = MINIMAL + "adapter: {method: ia3}\n"
-    assert load_config(write(tmp_path, text)).learning_rate == methods()["ia3"].default_learning_rate
-    assert load_config(write(tmp_path, text + "train: {learning_rate: 2e-4}\n")).learning_rate == 2e-4
+    assert learning_rate(load_config(write(tmp_path, text)), pairs=False) == methods()["ia3"].default_learning_rate
+    given = load_config(write(tmp_path, text + "train: {learning_rate: 2e-4}\n"))
+    assert learning_rate(given, pairs=False) == learning_rate(given, pairs=True) == 2e-4
 
 
 def test_a_number_that_yaml_takes_for_text(tmp_path: Path) -> None:

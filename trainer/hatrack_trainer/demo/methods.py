@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,3 @@ def train_method(
         output=OutputSection(dir=folder),
     )
     train(config, on_step=on_step)
-
-
-def exact(answers: Sequence[str], words: Sequence[str]) -> float:
-    """The share of words that were answered as SKILL answers, from 0 to 1."""
-    return sum(answer == SKILLS[SKILL](word) for answer, word in zip(answers, words, strict=True)) / len(words)

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from hatrack_client import Client, Generation
 from hatrack_trainer.config import TrainSection
 from hatrack_trainer.demo.cache import Cache, default_folder
-from hatrack_trainer.demo.methods import TRAIN, exact, train_method, write_rows
+from hatrack_trainer.demo.methods import SKILL, TRAIN, train_method, write_rows
 from hatrack_trainer.demo.methods_report import Result, methods_verdict, results_table
-from hatrack_trainer.demo.quiz import MAX_TOKENS, generate_all
+from hatrack_trainer.demo.quiz import MAX_TOKENS, exact, generate_all
 from hatrack_trainer.demo.run import demo_base, unwinding
 from hatrack_trainer.demo.server import Counts, read_counts, serving
 from hatrack_trainer.demo.skills import COMMAND, prompt, test_words
@@ -96,7 +96,7 @@ def _result(base: Path, folder: Path, name: str, seconds: float, served: Sequenc
         method=name,
         parameters=learned_parameters(folder / name) if name else 0,
         seconds=seconds,
-        score=exact([tokenizer.decode(tokens, skip_special_tokens=True) for tokens in own], words),
+        score=exact([tokenizer.decode(tokens, skip_special_tokens=True) for tokens in own], words, SKILL),
         rows=len(words),
         equal=sum(a == b.token_ids for a, b in zip(own, served, strict=True)),
     )

@@ -49,10 +49,11 @@ async def generate_all(address: str, adapters: Sequence[str], words: Sequence[st
 
 def score(answers: Answers, words: Sequence[str], skill_of: dict[str, str]) -> list[Score]:
     """First the base, against whichever skill it comes closest to; then each adapter, against its own."""
-    own = [Score(adapter, skill, _exact(answers[adapter], words, skill)) for adapter, skill in skill_of.items()]
-    base = [Score("", skill, _exact(answers[""], words, skill)) for skill in skill_of.values()]
+    own = [Score(adapter, skill, exact(answers[adapter], words, skill)) for adapter, skill in skill_of.items()]
+    base = [Score("", skill, exact(answers[""], words, skill)) for skill in skill_of.values()]
     return [max(base, key=lambda s: s.exact), *own]
 
 
-def _exact(answers: Sequence[str], words: Sequence[str], skill: str) -> float:
+def exact(answers: Sequence[str], words: Sequence[str], skill: str) -> float:
+    """The share of words that were answered as the skill answers, from 0 to 1."""
     return sum(answer == SKILLS[skill](word) for answer, word in zip(answers, words, strict=True)) / len(words)
