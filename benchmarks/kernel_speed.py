@@ -29,7 +29,7 @@ from torch import Tensor
 from hatrack_server.kernels.bottleneck import add_bottleneck, add_bottleneck_reference
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
 from hatrack_server.kernels.low_rank import add_low_rank, add_low_rank_reference
-from hatrack_server.kernels.nf4_linear import Workspace, keep_canonical, nf4_linear, nf4_linear_reference, pack
+from hatrack_server.kernels.nf4_linear import keep_canonical, nf4_linear, nf4_linear_reference, pack
 from hatrack_server.kernels.paged_attention import paged_decode
 from hatrack_server.kernels.prefix_attention import add_prefix_attention, add_prefix_attention_reference
 from hatrack_server.kernels.runs import Run
@@ -137,8 +137,7 @@ def cases() -> Iterator[Case]:
 def nf4_case(rows: int) -> Case:
     """The widest layer."""
     size = FEED_FORWARD * WIDTH / 2
-    workspace = Workspace()
-    layers = [pack(nf4_layer(), workspace) for _ in range(math.ceil(COLD_BYTES / size))]
+    layers = [pack(nf4_layer()) for _ in range(math.ceil(COLD_BYTES / size))]
     canonical, x = nf4_layer(), torch.randn(rows, WIDTH).to(DTYPE)
     return Case(
         f"nf4_linear {WIDTH}→{FEED_FORWARD}, {rows} tokens",

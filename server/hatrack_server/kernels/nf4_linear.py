@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
@@ -12,24 +10,7 @@ from torch import Tensor, nn
 from hatrack_server.kernels.native import native
 
 PACKED_ROWS = 32  # bitsandbytes' packed CPU kernel crashes unless out_features is a multiple of this
-BLOCK = 64  # inputs to a scale, as the C kernels take them
-
-# Without AMX, tokens up to which bitsandbytes' product, which unpacks the codes for every few of them, takes less time
-# than unpacking all of them into memory once. Reckoned from the speed of both, not measured on such a processor.
-FEW = 24
-
-
-class Workspace(threading.local):
-    """Memory that each thread uses again for every layer's dense weights: fresh pages cost more than filling them."""
-
-    def __init__(self) -> None:
-        self._values = torch.empty(0, dtype=torch.bfloat16)
-
-    def take(self, rows: int, columns: int) -> Tensor:
-        """bfloat16 [rows, columns], good until the thread's next call."""
-        if self._values.numel() < rows * columns:
-            self._values = torch.empty(rows * columns, dtype=torch.bfloat16)
-        return self._values[: rows * columns].view(rows, columns)
+BLOCK = 64  # inputs to a scale, as the C kernel takes them
 
 
 class PackedLinear(nn.Module):
@@ -43,7 +24,7 @@ class PackedLinear(nn.Module):
     scales: Tensor  # bfloat16 [in/64, out]
     code: Tensor  # float32 [16]
 
-    def __init__(self, layer: Linear4bit, workspace: Workspace) -> None:
+    def __init__(self, layer: Linear4bit) -> None:
         """Takes over the layer's weight, which can't be used any more."""
         super().__init__()
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
@@ -53,7 +34,6 @@ class PackedLinear(nn.Module):
         self.register_buffer("scales", state.absmax)
         self.register_buffer("code", state.code.bfloat16().float())  # as bitsandbytes' kernel rounds it
         self._operands = self.weight.data, self.scales, self.code  # which a module takes a microsecond each to find
-        self._workspace = workspace
 
     def forward(self, x: Tensor) -> Tensor:
         """x[…, in] to […, out], in the dtype of x."""
@@ -62,34 +42,32 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
     def _product(self, x: Tensor) -> Tensor:
-        """x[T, in] to [T, out], in whichever way takes the least time for so many tokens.
+        """x[T, in] to [T, out], bfloat16.
 
-        Milliseconds of a 5632x2048 layer on 2 cores with AMX, for 1, 8, 32, 256 and 512 tokens: in tiles 0.5, 0.5, 0.6,
-        4.2 and 8.4; by bitsandbytes 0.6, 1.4, 5.4, 44 and 86; unpacked and dense 2.1, 2.1, 2.0, 4.3 and 7.5.
+        Milliseconds of a 5632x2048 layer on 2 cores for 1, 8, 32 and 512 tokens: on an Intel in tiles 0.5, 0.5, 0.6 and
+        8.4, by bitsandbytes 0.6, 1.4, 5.4 and 86; on an AMD Zen 5 in vectors 0.1, 0.2, 0.75 and 12, by bitsandbytes
+        0.13, 0.32, 1.1 and 17.
         """
-        library, shape = native(), (self.out_features, self.in_features)
+        library = native()
+        if library is not None and library.has_nf4_product:
+            return library.nf4_product(x, *self._operands)
+        shape = (self.out_features, self.in_features)
         if not len(x):  # bitsandbytes' kernel divides by the number of tokens: the process would end
             return x.new_empty(0, self.out_features)
-        if library is not None and library.has_tiles:
-            return library.nf4_product(x, *self._operands)
-        if library is None or len(x) <= FEW:
-            return torch.ops.bitsandbytes.gemv_4bit(x, self._operands[0], shape, *self._operands[1:], BLOCK)
-        dense = self._workspace.take(*shape)
-        library.unpack_nf4(*self._operands, dense)
-        return nn.functional.linear(x, dense)
+        return torch.ops.bitsandbytes.gemv_4bit(x, self._operands[0], shape, *self._operands[1:], BLOCK)
 
 
 BaseLinear = nn.Linear | PackedLinear
 """A layer of the base: an NF4 one in either layout, or a plain one where the base is not quantised."""
 
 
-def pack(layer: BaseLinear, workspace: Workspace) -> BaseLinear:
+def pack(layer: BaseLinear) -> BaseLinear:
     """The layer in the fastest layout that there is for it here: on CPUs with AVX512_BF16, and shapes that fit."""
     if not isinstance(layer, Linear4bit) or layer.weight.is_cuda or not has_avx512bf16():
         return layer
     block = layer.weight.quant_state.blocksize
     fits = layer.out_features % PACKED_ROWS == 0 and layer.in_features % BLOCK == 0 and block == BLOCK
-    return PackedLinear(layer, workspace) if fits else layer
+    return PackedLinear(layer) if fits else layer
 
 
 def keep_canonical(layer: nn.Module) -> None:

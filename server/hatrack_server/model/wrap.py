@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hatrack_server.kernels.nf4_linear import BaseLinear, Workspace, keep_canonical, nf4_linear, pack
+from hatrack_server.kernels.nf4_linear import BaseLinear, keep_canonical, nf4_linear, pack
 
 
 class Effect(Protocol):
@@ -118,10 +118,9 @@ def wrap_linears(model: PreTrainedModel, effects: Effects) -> dict[str, nn.Linea
 
 def pack_linears(model: PreTrainedModel) -> dict[str, BaseLinear]:
     """Gives every wrapped linear layer the fastest layout that there is for it; returns them by name."""
-    workspace = Workspace()
     wrapped = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     for module in wrapped:
-        module.base = pack(module.base, workspace)
+        module.base = pack(module.base)
     return {module.name: module.base for module in wrapped}
 
 

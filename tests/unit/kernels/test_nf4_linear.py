@@ -1,16 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-from hatrack_server.kernels import nf4_linear as module
 from hatrack_server.kernels.native import Native
 from hatrack_server.kernels.nf4_linear import (
     PackedLinear,
-    Workspace,
     keep_canonical,
     nf4_linear,
     nf4_linear_reference,
@@ -51,7 +51,7 @@ def test_the_canonical_layout_is_exact_in_float32(shape: tuple[int, int], rows: 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 40, 300])  # few and many take different ways
+@pytest.mark.parametrize("rows", [1, 5, 40, 300])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_fastest_layout_stays_within_bfloat16(
     shape: tuple[int, int], rows: int, bias: bool, dtype: torch.dtype
@@ -60,7 +60,7 @@ def test_the_fastest_layout_stays_within_bfloat16(
     canonical = layer_of(*shape, bias=bias, dtype=torch.float32)
     wanted = nf4_linear_reference(x.bfloat16().float(), canonical)
     keep_canonical(canonical)
-    layer = pack(canonical, Workspace())
+    layer = pack(canonical)
     found = nf4_linear(x.to(dtype), layer)
     assert found.dtype is dtype
     torch.testing.assert_close(found.float(), wanted, atol=3e-2, rtol=3e-2)
@@ -68,7 +68,7 @@ def test_the_fastest_layout_stays_within_bfloat16(
 
 @pytest.fixture
 def packed_layer() -> PackedLinear:
-    layer = pack(layer_of(96, 192, bias=False, dtype=torch.bfloat16), Workspace())
+    layer = pack(layer_of(96, 192, bias=False, dtype=torch.bfloat16))
     if not isinstance(layer, PackedLinear):
         pytest.skip("no packed layout on this machine")
     return layer
@@ -78,48 +78,51 @@ def by_bitsandbytes(x: Tensor, layer: PackedLinear) -> Tensor:
     return torch.ops.bitsandbytes.gemv_4bit(x, layer.weight.data, (96, 192), layer.scales, layer.code, 64)
 
 
-@torch.inference_mode()
-def test_unpacked_weights_are_those_of_bitsandbytes_kernel(packed_layer: PackedLinear, library: Native) -> None:
-    dense = torch.empty(96, 192, dtype=torch.bfloat16)
-    library.unpack_nf4(packed_layer.weight, packed_layer.scales, packed_layer.code, dense)
-    assert torch.equal(by_bitsandbytes(torch.eye(192).bfloat16(), packed_layer).T, dense)
+# In vectors, eight tokens are taken at a time, and of a rest up to four two blocks of inputs; 192 inputs are three.
+@pytest.fixture(params=["tiles", "vectors"])
+def product(
+    request: pytest.FixtureRequest, packed_layer: PackedLinear, library: Native, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Tensor], Tensor]:
+    if not (library.has_nf4_product and (library.has_tiles or request.param == "vectors")):
+        pytest.skip(f"no {request.param} on this machine")
+    monkeypatch.setattr(library, "has_tiles", request.param == "tiles")
+    return lambda x: library.nf4_product(x, packed_layer.weight, packed_layer.scales, packed_layer.code)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 33, 70, 300])
-def test_the_product_in_tiles_is_that_of_bitsandbytes_kernel(
-    tokens: int, packed_layer: PackedLinear, library: Native
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 32, 33, 70, 256, 300])
+def test_the_product_in_c_is_that_of_bitsandbytes_kernel(
+    tokens: int, packed_layer: PackedLinear, product: Callable[[Tensor], Tensor]
 ) -> None:
-    if not library.has_tiles:
-        pytest.skip("no AMX on this machine")
     x = inputs(tokens, 200).bfloat16()[:, 4:196]  # a part of wider tokens
-    found = library.nf4_product(x, packed_layer.weight, packed_layer.scales, packed_layer.code)
-    wanted = by_bitsandbytes(x.contiguous(), packed_layer)
-    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=1e-4)  # sums in another order
+    wanted = by_bitsandbytes(x.contiguous(), packed_layer) if tokens else torch.empty(0, 96, dtype=torch.bfloat16)
+    torch.testing.assert_close(product(x), wanted, rtol=2**-7, atol=1e-4)  # sums in another order
 
 
 @torch.inference_mode()
-def test_without_tiles_many_tokens_take_the_workspace(monkeypatch: pytest.MonkeyPatch, library: Native) -> None:
-    monkeypatch.setattr(library, "has_tiles", False)
-    workspace = Workspace()
-    for shape in [(64, 128), (96, 192), (32, 64), (64, 128)]:
-        canonical, x = layer_of(*shape, bias=True, dtype=torch.float32), inputs(module.FEW + 1, shape[1])
-        wanted = nf4_linear_reference(x, canonical)
-        torch.testing.assert_close(nf4_linear(x, pack(canonical, workspace)), wanted, atol=3e-2, rtol=3e-2)
+def test_a_tokens_product_does_not_depend_on_its_neighbours(product: Callable[[Tensor], Tensor]) -> None:
+    x = inputs(300, 192).bfloat16()
+    together = product(x)
+    for tokens in (1, 3, 4, 5, 9, 33, 299):
+        assert torch.equal(product(x[:tokens]), together[:tokens])
+        assert torch.equal(product(x[-tokens:]), together[-tokens:])
 
 
 @torch.inference_mode()
-def test_without_tiles_no_tokens_are_no_work(
-    packed_layer: PackedLinear, monkeypatch: pytest.MonkeyPatch, library: Native
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+def test_without_the_c_kernel_bitsandbytes_answers(
+    tokens: int, packed_layer: PackedLinear, monkeypatch: pytest.MonkeyPatch, library: Native
 ) -> None:
-    monkeypatch.setattr(library, "has_tiles", False)
-    assert nf4_linear(inputs(0, 192), packed_layer).shape == (0, 96)
+    x = inputs(tokens, 192)
+    wanted = nf4_linear(x, packed_layer)
+    monkeypatch.setattr(library, "has_nf4_product", False)
+    torch.testing.assert_close(nf4_linear(x, packed_layer), wanted, rtol=2**-7, atol=1e-4)
 
 
 @torch.inference_mode()
 def test_an_unquantised_layer_is_left_as_it_is() -> None:
     layer, x = nn.Linear(5, 3), inputs(2, 5)
-    assert pack(layer, Workspace()) is layer
+    assert pack(layer) is layer
     torch.testing.assert_close(nf4_linear(x, layer), x @ layer.weight.T + layer.bias)
 
 
@@ -128,7 +131,7 @@ def test_leading_dimensions_are_kept() -> None:
     layer, x = layer_of(64, 128, bias=True, dtype=torch.float32), inputs(6, 128)
     keep_canonical(layer)
     torch.testing.assert_close(nf4_linear(x.view(1, 6, 128), layer)[0], nf4_linear(x, layer))
-    packed = pack(layer, Workspace())
+    packed = pack(layer)
     torch.testing.assert_close(nf4_linear(x.view(1, 6, 128), packed)[0], nf4_linear(x, packed))
     torch.testing.assert_close(nf4_linear(x.T.contiguous().T, packed), nf4_linear(x, packed))
     assert nf4_linear(x[:0], packed).shape == (0, 64)
@@ -138,7 +141,7 @@ def test_leading_dimensions_are_kept() -> None:
 def test_a_weight_takes_little_more_than_4_bits(packed: bool) -> None:
     layer: nn.Module = layer_of(256, 512, bias=True, dtype=torch.bfloat16)
     if packed:
-        layer = pack(layer, Workspace())
+        layer = pack(layer)
     bits = 8 * sum(tensor.nbytes for tensor in nf4_tensors(layer)) / (256 * 512)
     assert 4.1 < bits < 4.3
 

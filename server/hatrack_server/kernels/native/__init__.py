@@ -25,8 +25,7 @@ COMPILE_SECONDS = 60
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
     "add_low_rank": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 6, _POINTER],
-    "nf4_product": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 3],
-    "unpack_nf4": [*[_POINTER] * 4, *[_INT] * 2],
+    "nf4_product": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4],
 }
 
 
@@ -34,7 +33,8 @@ class Native:
     """The compiled library. Its functions run on torch's threads, without the GIL, and raise ValueError for operands of
     other shapes or layouts than they say.
 
-    has_tiles: whether `nf4_product` can be used, for which the processor must have AMX.
+    has_nf4_product: whether `nf4_product` can be used, for which the processor must have AVX512_BF16.
+    has_tiles: whether that takes the tiles of AMX.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,10 +43,9 @@ class Native:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
-        self.has_tiles = bool(library.request_nf4_product())
+        self.has_nf4_product, self.has_tiles = bool(library.has_nf4_product()), bool(library.request_tiles())
         self._add_low_rank = library.add_low_rank
         self._nf4_product = library.nf4_product
-        self._unpack_nf4 = library.unpack_nf4
 
     def add_low_rank(
         self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, *, start: int = 0, length: int = 1
@@ -67,19 +66,17 @@ class Native:
         )  # fmt: skip
 
     def nf4_product(self, x: Tensor, packed: Tensor, scales: Tensor, code: Tensor) -> Tensor:
-        """x[T, k] times the weight: bfloat16 [T, n], given x in bfloat16, and the weight as `unpack_nf4` takes it."""
+        """x[T, k] times the weight: [T, n], both bfloat16, given packed[n, k/2] uint8, scales[k/64, n] bfloat16 and
+        code[16] float32. A token's outputs are the same to the bit whatever tokens stand beside it.
+        """
         (tokens, k), n = x.shape, packed.shape[0]
         _require(x.stride(1) == 1 and packed.shape[1] * 2 == k)
         y = torch.empty(tokens, n, dtype=torch.bfloat16)
         self._nf4_product(
-            x.data_ptr(), x.stride(0), packed.data_ptr(), scales.data_ptr(), code.data_ptr(), y.data_ptr(), tokens, n, k
-        )
+            x.data_ptr(), x.stride(0), packed.data_ptr(), scales.data_ptr(), code.data_ptr(), y.data_ptr(),
+            tokens, n, k, self.has_tiles,
+        )  # fmt: skip
         return y
-
-    def unpack_nf4(self, packed: Tensor, scales: Tensor, code: Tensor, out: Tensor) -> None:
-        """Overwrites out[n, k], bfloat16, with packed[n, k/2] uint8, scales[k/64, n] bfloat16 and code[16] float32."""
-        _require(out.is_contiguous() and out.shape == (packed.shape[0], packed.shape[1] * 2))
-        self._unpack_nf4(packed.data_ptr(), scales.data_ptr(), code.data_ptr(), out.data_ptr(), *out.shape)
 
 
 @functools.cache
