@@ -248,7 +248,23 @@ class TestRefusals:
             resume(tmp_path)
         assert str(caught.value) == f"{tmp_path}: holds no unfinished run; `hatrack train run` begins one"
 
-    @pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+    @pytest.mark.parametrize(
+        ("section", "key", "was", "now"),
+        [("adapter", "rank", 2, 4), ("adapter", "method", "lora", "ia3"), ("train", "batch_size", 2, 3)],
+    )
+    def test_other_settings(self, unfinished: Path, section: str, key: str, was: object, now: object) -> None:
+        file = unfinished / "training" / "run.json"
+        run = json.loads(file.read_text())
+        run["config"][section] = {key: now} if key == "method" else run["config"][section] | {key: now}
+        file.write_text(json.dumps(run))
+        with pytest.raises(UsageError) as caught:
+            resume(unfinished)
+        was, now = json.dumps(was), json.dumps(now)
+        assert str(caught.value) == f"{section}.{key}: was {was} when the run began, and can't become {now}"
+
+    @pytest.mark.parametrize(
+        "name", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json"]
+    )
     def test_a_checkpoint_that_was_cut(self, unfinished: Path, name: str) -> None:
         file = unfinished / "training" / "checkpoints" / "checkpoint-2" / name
         file.write_bytes(file.read_bytes()[:100])

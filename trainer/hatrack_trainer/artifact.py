@@ -26,7 +26,10 @@ from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.log import LogEntry, as_json_lines
 from hatrack_trainer.loss_plot import draw_losses
 from hatrack_trainer.model_card import model_card
-from hatrack_trainer.unfinished import RECORD, forget, is_unfinished
+from hatrack_trainer.unfinished import CHECKPOINTS, RECORD, forget, is_unfinished, locked
+
+PARTIAL = ".hatrack-partial-"
+"""In the hidden name of a folder that is being filled, which nobody else would give one."""
 
 
 def check_output_folder(folder: Path, option: str = "output.dir") -> None:
@@ -82,6 +85,8 @@ def public_name(base: str) -> str:
 def all_or_nothing(folder: Path, option: str) -> Iterator[Path]:
     """A folder to be filled, which becomes `folder` in the end; whatever goes wrong, nothing of it is left.
 
+    What a kill has left is removed by the next call for the same `folder`.
+
     `folder` must not exist, or be empty, then too. Raises TrainerError, naming the option, when it can't be written.
     """
     folder = folder.resolve()
@@ -90,13 +95,16 @@ def all_or_nothing(folder: Path, option: str) -> Iterator[Path]:
     with writing(folder, option):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{folder.name}{PARTIAL}"
+            _sweep(folder.parent, prefix)
             # Another process may be writing to the same place: each has a name of its own.
-            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
             partial.chmod(0o755)  # temporary folders are for their owner alone
-            yield partial
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
+            with locked(partial):
+                yield partial
+                if folder.exists():
+                    folder.rmdir()
+                partial.rename(folder)
         except BaseException:
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -104,6 +112,14 @@ def all_or_nothing(folder: Path, option: str) -> Iterator[Path]:
                 for parent in missing:
                     parent.rmdir()
             raise
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Removes what killed processes have left: all that is named so and that no living one has locked."""
+    for left in parent.iterdir():
+        if left.name.startswith(prefix):
+            with suppress(OSError), locked(left):
+                shutil.rmtree(left)
 
 
 @contextmanager
@@ -121,14 +137,19 @@ def finishing(folder: Path, option: str) -> Iterator[Path]:
 
     The weights go last, by one rename: without them there is no artifact, and the run can go on.
     """
-    with writing(folder, option), tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
-        partial = Path(name)
-        yield partial
-        files = [file for file in partial.rglob("*") if file.is_file()]
-        for file in sorted(files, key=lambda file: file.name == WEIGHTS_FILE):
-            target = folder / file.relative_to(partial)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
+    partial = folder / RECORD / CHECKPOINTS / ".artifact"  # so it goes with them, even after a kill
+    with writing(folder, option):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            files = [file for file in partial.rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file.name == WEIGHTS_FILE):
+                target = folder / file.relative_to(partial)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     forget(folder)
 
 

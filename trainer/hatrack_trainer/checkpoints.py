@@ -25,7 +25,7 @@ from hatrack_trainer.distributed import from_first, is_first, shards_base, share
 from hatrack_trainer.errors import NotFinite, TrainerError, UsageError
 from hatrack_trainer.log import best_step, log_entries, losses
 from hatrack_trainer.methods import Method
-from hatrack_trainer.unfinished import CHECKPOINTS, RECORD, RUN_FILE, Beginning, claimed, forget
+from hatrack_trainer.unfinished import CHECKPOINTS, RECORD, RUN_FILE, Beginning, claimed, forget, is_unfinished
 
 TENSORS = "trained.safetensors"
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -33,8 +33,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "optimizer.pt": lambda file: torch.load(file, weights_only=True),
     "scheduler.pt": lambda file: torch.load(file, weights_only=True),
     "trainer_state.json": lambda file: json.loads(file.read_text()),
+    RUN_FILE: lambda file: Beginning.from_json(file.read_text(), file.parent),
 }
 """What a checkpoint must hold: transformers goes on without some of it, otherwise than before."""
+UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Checkpoints:
         return Path(found[-1]) if found else None
 
     def check_latest(self) -> None:
-        """Raises UsageError when the newest, if there is any, was damaged since."""
+        """Raises UsageError when the newest, if there is any, was damaged since, or is of a run with other settings."""
         latest = self.latest
         if latest is None:
             return
@@ -64,11 +66,13 @@ class Checkpoints:
             if shards_base() and file.suffix == ".pt":  # shares have other names
                 continue
             try:
-                read(file)
-            except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError):
+                found = read(file)
+            except UNREADABLE:
                 raise UsageError(
                     f"{file}: is damaged; without {latest.name} the run goes on from the checkpoint before"
                 ) from None
+            if isinstance(found, Beginning):
+                found.check_settings(self.beginning)
 
     def of(self, step: int) -> Path:
         """The one after a step."""
@@ -81,16 +85,18 @@ class Checkpoints:
         Raises TrainerError when it can't be written.
         """
         output = self.beginning.config.output.dir
-        if not self.folder.exists():
+        if not is_unfinished(output):
             with all_or_nothing(output, "output.dir") as partial:
                 yield partial / RECORD / CHECKPOINTS
-                (partial / RECORD / RUN_FILE).write_text(self.beginning.to_json())
+                for folder in (partial / RECORD, partial / RECORD / CHECKPOINTS / self.of(step).name):
+                    (folder / RUN_FILE).write_text(self.beginning.to_json())
                 _sync(partial / RECORD)
             return
         with writing(output, "output.dir"):
             partial = self.folder / ".partial"
             shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
             yield partial
+            (partial / self.of(step).name / RUN_FILE).write_text(self.beginning.to_json())
             _sync(partial)
             (partial / self.of(step).name).rename(self.of(step))
             partial.rmdir()

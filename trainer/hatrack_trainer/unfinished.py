@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,23 @@ class Beginning:
         train = self.config.train.model_copy(update={"learning_rate": learning_rate})
         return replace(self, config=self.config.model_copy(update={"train": train}))
 
+    def check_settings(self, other: Beginning) -> None:
+        """Raises UsageError, naming the key, when `other` has a setting that its checkpoints can't go on with."""
+        own, others = self._settings(), other._settings()
+        for key in own | others:
+            if own.get(key) != others.get(key):
+                was, now = (json.dumps(settings.get(key)) for settings in (own, others))
+                raise UsageError(f"{key}: was {was} when the run began, and can't become {now}")
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides what is learned, but for the learning rate, which may change; with its sections' names."""
+        free = {"learning_rate", "trackers", "logging_dir", "threads", "activation_checkpointing"}
+        config = self.config.model_dump(
+            mode="json",
+            exclude={"base": {"model"}, "data": {"train", "eval"}, "train": free, "output": True, "registration": True},
+        )
+        return {f"{name}.{key}": value for name, section in config.items() for key, value in section.items()}
+
     def check_same(self, other: Beginning) -> None:
         """Raises UsageError, naming the key, when `other` has other data or another base."""
         for key, digest in self.data.items():
@@ -77,16 +94,24 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def read_beginning(folder: Path) -> Beginning:
-    """How the unfinished run in a folder began. Raises UsageError where there is none."""
+    """How the unfinished run in a folder began.
+
+    Raises UsageError where there is none; where one is finished, after removing what a kill at its very end has left.
+    """
+    file = folder / RECORD / RUN_FILE
     try:
-        if _is_finished(folder):
-            raise UsageError(f"{folder}: the run is finished")
-        return Beginning.from_json((folder / RECORD / RUN_FILE).read_text(), folder)
+        beginning = Beginning.from_json(file.read_text(), folder)
     except FileNotFoundError:
+        if _is_finished(folder):
+            raise UsageError(f"{folder}: the run is finished") from None
         raise UsageError(f"{folder}: holds no unfinished run; `hatrack train run` begins one") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{folder / RECORD / RUN_FILE}: can't be read: {reason}") from None
+        raise UsageError(f"{file}: can't be read: {reason}") from None
+    if _is_finished(folder):
+        forget(folder)
+        raise UsageError(f"{folder}: the run is finished; its checkpoints, which a kill had left, are removed")
+    return beginning
 
 
 def write_beginning(beginning: Beginning) -> None:
@@ -100,12 +125,23 @@ def write_beginning(beginning: Beginning) -> None:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keeps the run in a folder from other processes; raises UsageError where another has it."""
-    descriptor = os.open(folder / RECORD, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder / RECORD))
         except BlockingIOError:
             raise UsageError(f"{folder}: another process is at this run") from None
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from locking a folder, until this one ends in whatever way.
+
+    Raises BlockingIOError where another has locked it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
@@ -113,8 +149,9 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def forget(folder: Path) -> None:
     """Removes all that makes a run unfinished, and what is empty then."""
-    (folder / RECORD / RUN_FILE).unlink(missing_ok=True)
+    # The file goes last: as long as it is there, what a kill leaves of the rest is known to be a run's.
     shutil.rmtree(folder / RECORD / CHECKPOINTS, ignore_errors=True)
+    (folder / RECORD / RUN_FILE).unlink(missing_ok=True)
     with suppress(OSError):
         (folder / RECORD).rmdir()
         folder.rmdir()

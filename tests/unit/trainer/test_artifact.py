@@ -30,3 +30,11 @@ def test_of_two_at_once_the_first_is_kept_whole(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"^output\.dir: .* not empty"):
         fill(out, "late", lambda: fill(out, "whole"))
     assert [file.relative_to(tmp_path) for file in tmp_path.rglob("*")] == [Path("out"), Path("out/whole")]
+
+
+def test_what_a_kill_has_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    others = [tmp_path / ".out.settings", tmp_path / ".out2.hatrack-partial-x"]
+    for left in [*others, tmp_path / ".out.hatrack-partial-x"]:
+        left.mkdir()
+    fill(tmp_path / "out", "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "out", *others])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,27 @@ class TestCheckpoints:
         with pytest.raises(TrainerError, match=r"^output\.dir: .*out can't be written: full$"):
             self.half_written(tmp_path / "out")
         assert sorted(tmp_path.rglob("*")) == before
+
+    def test_a_kill_after_the_weights_leaves_a_finished_run_and_what_is_removed(self, tmp_path: Path) -> None:
+        out, killed = tmp_path / "out", tmp_path / "killed"
+        add(checkpoints(out), 1)
+        with finishing(out, "output.dir") as partial:
+            (partial / "half").touch()
+            shutil.copytree(out, killed)
+        (killed / "adapter_model.safetensors").touch()  # the last to come
+        for swept in ("; its checkpoints, which a kill had left, are removed", ""):
+            with pytest.raises(UsageError) as caught:
+                read_beginning(killed)
+            assert str(caught.value) == f"{killed}: the run is finished{swept}"
+            assert [file.name for file in killed.rglob("*")] == ["adapter_model.safetensors"]
+
+    def test_a_kill_while_the_only_one_is_dropped_leaves_a_run_that_begins_again(self, tmp_path: Path) -> None:
+        own = checkpoints(tmp_path / "out")
+        add(own, 1)
+        shutil.rmtree(own.folder)
+        assert read_beginning(tmp_path / "out").data == own.beginning.data
+        add(own, 2)
+        assert names(own) == ["checkpoint-2"]
 
     def half_written(self, folder: Path) -> None:
         with finishing(folder, "output.dir") as partial:
