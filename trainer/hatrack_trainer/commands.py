@@ -88,7 +88,7 @@ def validate(
             if changes:
                 raise UsageError("--set: changes a YAML file; with --base there is none")
             check_base_option(base)
-            validate_data(DataSection(train=source), base, Console())
+            validate_data(DataSection(train=source), base, Console(), key="--base")
         elif source.suffix == ".jsonl":
             raise UsageError(f"{source}: is data; name the base that is to learn it by --base, or take a YAML file")
         else:

@@ -63,17 +63,17 @@ class TrainSection(Section):
     """Absent: the adapter method's own, which suits bases of a billion parameters or less; larger ones want less."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0, le=10**9)
-    weight_decay: Real = Field(default=0.0, ge=0)
+    weight_decay: Real = Field(default=0.0, ge=0, le=100)
     max_grad_norm: Real = Field(default=1.0, gt=0)
     optimizer: Optimizer = "paged_adamw_32bit"
     """Paged: states move to host memory when the device is full (QLoRA, Dettmers et al. 2023); unpaged on the CPU. Lion
     (Chen et al. 2023, arXiv:2302.06675) wants a third to a tenth of AdamW's learning rate."""
     packing: bool = False
     """Lay several documents in a row of data.max_length tokens, each kept apart from the others: less padding."""
-    neftune_alpha: PositiveReal | None = None
+    neftune_alpha: Annotated[PositiveReal, Field(le=1000)] | None = None
     """Noise on the embeddings while training (NEFTune, Jain et al. 2023, arXiv:2310.05914): 5 to 15; absent: none. It
     is spread over a whole row, so that packed documents get less."""
-    dpo_beta: Real = Field(default=0.1, gt=0)
+    dpo_beta: Real = Field(default=0.1, gt=0, le=100)
     """Of preference pairs: how dear it is to leave the base (DPO, Rafailov et al. 2023, arXiv:2305.18290)."""
     trackers: list[Tracker] = Field(default=[])
     """Where each step's figures go besides the log; each needs its own package."""

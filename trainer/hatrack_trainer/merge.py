@@ -23,11 +23,13 @@ from transformers.pytorch_utils import Conv1D
 
 import hatrack_trainer.tuners.partial  # noqa: F401 - PEFT then knows PARTIAL
 from hatrack.manifest import WEIGHTS_FILE, BaseIdentity
-from hatrack_server.model.checkpoint import identify, resolve_checkpoint
+from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.load import load_base, read_config
 from hatrack_trainer.artifact import all_or_nothing, check_output_folder, public_name
+from hatrack_trainer.base import find_base
 from hatrack_trainer.errors import UsageError
 from hatrack_trainer.mergeable import MergeableAdapter, read_adapter
+from hatrack_trainer.progress import without_other_bars
 
 Into = Literal["original", "dequantized"]
 Precision = Literal["bfloat16", "float32"]
@@ -82,15 +84,16 @@ def merge(
     """
     adapter = read_adapter(folder)
     _check_out(out, folder, base)
-    checkpoint = resolve_checkpoint(base)
+    checkpoint = find_base(base, key="--base")
     _refuse_lack_of_originals(checkpoint, into, base)
     identity = identify(checkpoint, "none" if into == "original" else "nf4")
     for doubt in adapter.check_base(identity):
         say(doubt)
-    model = _merged(_plain_base(checkpoint, into), folder).to(DTYPES[precision])
+    with without_other_bars():
+        model = _merged(_plain_base(checkpoint, into), folder).to(DTYPES[precision])
     _refuse_non_finite(model)
     merged = Merged(out, public_name(base), adapter)
-    with all_or_nothing(out, "--out") as partial:
+    with all_or_nothing(out, "--out") as partial, without_other_bars():
         _save(model, checkpoint, partial)
         (partial / "README.md").write_text(_card(merged, identity, into, precision))
     return merged

@@ -49,7 +49,8 @@ def paged_states(optimizer: Optimizer) -> PagedStates:
     """Counts them; before the first step there are none."""
     states = list(_states(optimizer))
     paged = [state for state in states if getattr(state, "is_paged", False)]
-    return PagedStates(len(paged), len(states), _bytes(paged), _bytes(states))
+    sizes = [sum(state.nbytes for state in those) for those in (paged, states)]
+    return PagedStates(len(paged), len(states), *sizes)
 
 
 class PagingReport(TrainerCallback):
@@ -72,7 +73,3 @@ def _states(optimizer: Optimizer) -> Iterator[Tensor]:
         for name, value in state.items():
             if isinstance(value, Tensor) and name in ("state1", "state2", "exp_avg", "exp_avg_sq"):
                 yield value
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

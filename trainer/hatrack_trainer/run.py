@@ -12,9 +12,10 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from hatrack.manifest import BaseIdentity
-from hatrack_server.model.checkpoint import identify, resolve_checkpoint
+from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.load import load_base, read_config
 from hatrack_trainer.artifact import check_output_folder, write_artifact, writing
+from hatrack_trainer.base import find_base
 from hatrack_trainer.checkpoints import Checkpoints, Resumable
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.data import Example
@@ -29,6 +30,7 @@ from hatrack_trainer.log import log_entries, losses, mean_loss
 from hatrack_trainer.objective import check_objective, objective_remark
 from hatrack_trainer.optimizers import PagingReport, fallback_remark, paged_states
 from hatrack_trainer.packing import packing_remark
+from hatrack_trainer.progress import without_other_bars
 from hatrack_trainer.sft import OnStep, make_trainer
 from hatrack_trainer.targets import check_adapter
 from hatrack_trainer.trackers import check_trackers
@@ -96,7 +98,7 @@ def _run(
     check_trackers(config.train.trackers)
     for file in filter(None, (config.data.train, config.data.eval)):
         check_data_file(file)
-    checkpoint = resolve_checkpoint(config.base.model)
+    checkpoint = find_base(config.base.model)
     check_adapter(config.adapter, checkpoint)
     architecture = read_config(checkpoint)
     for remark in config.adapter.remarks(architecture):
@@ -150,14 +152,15 @@ def load_trainer(
     """Loads the base and makes the trainer, by `make_trainer` or `make_pair_trainer`; as `train` does."""
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    base = load_base(
-        checkpoint,
-        quantization=config.base.quantization,
-        dtype=None,
-        device=own_device(),
-        storage=nf4_storage(),
-        unquantised=config.adapter.unquantised(read_config(checkpoint)),
-    )
+    with without_other_bars():
+        base = load_base(
+            checkpoint,
+            quantization=config.base.quantization,
+            dtype=None,
+            device=own_device(),
+            storage=nf4_storage(),
+            unquantised=config.adapter.unquantised(read_config(checkpoint)),
+        )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     try:
         return make(config, base, tokenizer, train, evaluation, on_step)

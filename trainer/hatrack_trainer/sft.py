@@ -29,6 +29,7 @@ from hatrack_trainer.methods import Method
 from hatrack_trainer.objective import learning_rate
 from hatrack_trainer.optimizers import runnable
 from hatrack_trainer.packing import PackedCollator, check_documents_apart, pack
+from hatrack_trainer.wording import some
 
 OnStep = Callable[[int, int, float], None]
 """Called after each optimizer step with its number from 1, the number of all steps, and the loss."""
@@ -157,16 +158,12 @@ class GradientWatch(TrainerCallback):
         self._silent -= found_by_any(heard)
         if self._silent and state.global_step + 1 == self.STEPS:
             raise TrainingStopped(
-                f"parts of the adapter get no gradient, so they would learn nothing: {_some(sorted(self._silent))}"
+                f"parts of the adapter get no gradient, so they would learn nothing: {some(sorted(self._silent), 3)}"
             )
 
 
 def _has_gradient(parameter: Parameter) -> bool:
     return parameter.grad is not None and bool(own_share(parameter.grad).any())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Progress(TrainerCallback):

@@ -84,6 +84,9 @@ def test_a_number_that_yaml_takes_for_text(tmp_path: Path) -> None:
         ("train: {batch_size: true}", "train.batch_size: input should be a valid integer"),
         ("train: {learning_rate: true}", "train.learning_rate: must be a number, not true"),
         ("train: {learning_rate: .nan}", "train.learning_rate: input should be a finite number"),
+        ("train: {weight_decay: 1e308}", "train.weight_decay: input should be less than or equal to 100"),
+        ("train: {dpo_beta: 1e308}", "train.dpo_beta: input should be less than or equal to 100"),
+        ("train: {neftune_alpha: 1e308}", "train.neftune_alpha: input should be less than or equal to 1000"),
         ("train: {schedule: step}", "train.schedule: input should be 'constant', 'linear' or 'cosine'"),
         ("adapter: {target_modules: 3}", "adapter.target_modules: input should be a valid list"),
         (

@@ -87,6 +87,15 @@ class TestCommand:
             assert hatrack([*command, "--base", ""]) == 2
             assert capsys.readouterr().err == "hatrack: --base: is empty; name a checkpoint's folder, or a hub id\n"
 
+    def test_an_absent_base(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+        config = configure("/nowhere", tmp_path, train=str(rows))
+        for command in ("validate", "estimate", "run"):
+            assert hatrack(["train", command, str(config)]) == 2
+            assert capsys.readouterr().err.strip() == "hatrack: base.model: model path /nowhere does not exist"
+        assert hatrack(["train", "validate", str(rows), "--base", "/nowhere"]) == 2
+        assert capsys.readouterr().err == "hatrack: --base: model path /nowhere does not exist\n"
+
     def test_changes_of_the_configuration(
         self, weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -150,7 +159,7 @@ class TestRemarks:
         row = {"instruction": "a", "imput": "x", "output": "b"}
         rows = write(tmp_path / "rows.jsonl", [row] * 7)
         data = read_data(DataSection(train=rows), tiny_llama)
-        sentence = f'{rows}: "imput" is not read (did you mean "input"?) in 7 rows (lines 1, 2, 3, 4, 5, …)'
+        sentence = f'{rows}: "imput" is not read (did you mean "input"?) in 7 rows (lines 1, 2, 3, 4, 5 and 2 more)'
         assert warnings(data, 1024) == [sentence]
 
     def test_held_out_rows_that_are_not(self, tiny_llama: Path, tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ from hatrack_trainer.data.example import Example
 from hatrack_trainer.data.lines import Line
 from hatrack_trainer.data.problems import quoted
 from hatrack_trainer.data.read import Data, ExampleSet
+from hatrack_trainer.wording import some
 
 NAMED = 5
-"""How many keys or lines are named before the rest is passed over."""
+"""How many keys or lines are named before the rest is counted."""
 
 
 def format_remark(part: ExampleSet) -> str:
     """Says how a file's rows are read."""
-    unread = _some([quoted(key) for key in sorted(part.format.unread(part.lines))])
+    unread = some([quoted(key) for key in sorted(part.format.unread(part.lines))], NAMED)
     return f"{part.file}: {_count(part.lines)} read as {part.format.name}, {SHAPES[part.format.name]}" + (
         f"; not read: {unread}" if unread else ""
     )
@@ -54,13 +55,9 @@ def _digest(example: Example) -> bytes:
 
 def _places(lines: Sequence[Line]) -> str:
     """E.g. "3 rows (lines 2, 5, 8)"."""
-    numbers = _some([str(line.number) for line in lines])
+    numbers = some([str(line.number) for line in lines], NAMED)
     return f"{_count(lines)} ({'line' if len(lines) == 1 else 'lines'} {numbers})"
 
 
 def _count(lines: Sequence[Line]) -> str:
     return "1 row" if len(lines) == 1 else f"{len(lines)} rows"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*names[:NAMED], *(["…"] if len(names) > NAMED else [])])

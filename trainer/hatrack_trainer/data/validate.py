@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from hatrack_server.model.checkpoint import resolve_checkpoint
+from hatrack_trainer.base import KEY, find_base
 from hatrack_trainer.config import DataSection
 from hatrack_trainer.data.preview import preview
 from hatrack_trainer.data.read import ExampleSet, read_data
@@ -17,12 +17,12 @@ from hatrack_trainer.data.remarks import format_remark, warnings
 from hatrack_trainer.errors import UsageError
 
 
-def validate(section: DataSection, model: str, console: Console) -> None:
+def validate(section: DataSection, model: str, console: Console, *, key: str = KEY) -> None:
     """Prints how the data is read, what of it is lost, and what of a row is learned.
 
-    Raises what `read_data` does, the server's StartupError for an absent base, and UsageError for one in part.
+    `key` is where the base is named. Raises what `read_data` does, and UsageError for an absent base, or part of one.
     """
-    checkpoint = checkpoint_without_weights(model)
+    checkpoint = checkpoint_without_weights(model, key)
     data = read_data(section, checkpoint)
     for part in data.files:
         _print(console, format_remark(part))
@@ -37,11 +37,11 @@ def validate(section: DataSection, model: str, console: Console) -> None:
             console.print(preview(entry.example, checkpoint), soft_wrap=True)
 
 
-def checkpoint_without_weights(model: str) -> Path:
+def checkpoint_without_weights(model: str, key: str = KEY) -> Path:
     """The folder of a base's configuration, tokenizer and template; of a hub id, only these are downloaded."""
-    checkpoint = resolve_checkpoint(model, weights=False)
+    checkpoint = find_base(model, key=key, weights=False)
     if not (checkpoint / "tokenizer.json").is_file():
-        raise UsageError(f"base.model: {model} has no tokenizer.json")
+        raise UsageError(f"{key}: {model} has no tokenizer.json")
     return checkpoint
 
 

@@ -16,6 +16,7 @@ from hatrack_server.model.load import read_config
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.data.read import ExampleSet
 from hatrack_trainer.errors import NoEstimate
+from hatrack_trainer.estimate.cgroups import memory_left
 from hatrack_trainer.estimate.peak import Peak
 from hatrack_trainer.estimate.remedies import check_fits
 from hatrack_trainer.estimate.sketch import sketch_adapter, sketch_arguments, sketch_base, sketch_step, tensors_of
@@ -80,9 +81,10 @@ def check_memory(config: TrainConfig, checkpoint: Path, train: ExampleSet, *, cu
 
 
 def available_memory(*, cuda: bool) -> int:
-    """Bytes that are free on the device."""
+    """Bytes that are free on the device; on the CPU, those that its container leaves."""
     free: int = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    return free
+    left = None if cuda else memory_left()
+    return free if left is None else max(0, min(free, left))
 
 
 def _estimate(config: TrainConfig, checkpoint: Path, batch: Batch, *, cuda: bool) -> Memory:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from hatrack_server.model.checkpoint import resolve_checkpoint
+from hatrack_trainer.base import find_base
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.data import Example
 from hatrack_trainer.data.read import ExampleSet, read_data
@@ -44,7 +44,7 @@ def estimate(config: TrainConfig, console: Console, say: Callable[[str], None] =
     Writes no files. `say` gets sentences on what is being done. Raises UsageError, after the table, for a run that does
     not fit; NoEstimate for a base whose memory can't be told; and what `train` raises.
     """
-    checkpoint = resolve_checkpoint(config.base.model)
+    checkpoint = find_base(config.base.model)
     check_adapter(config.adapter, checkpoint)
     train_set = read_data(config.data, checkpoint).train
     check_objective(config, train_set)
