@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny import make_checkpoint
 
 from hatrack_client.cli import run as hatrack
 from hatrack_trainer.config_file import load_config
 from hatrack_trainer.data.read import read_data
 from hatrack_trainer.estimate.memory import available_memory, check_memory
+from hatrack_trainer.estimate.report import estimate
 
 
 def configure(base: Path, folder: Path, row_length: int) -> Path:
@@ -37,6 +40,18 @@ def test_memory_by_part_and_time_by_real_steps(
     assert [line.split()[0] for line in table] == parts
     assert re.fullmatch(r"time: \d+ s for 2 steps, by \d+\.\d\d s for a batch of the longest rows; .*", time)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [[], ["train.packing=true", "data.max_length=64"]])
+def test_held_out_rows_take_their_time(tiny_llama: Path, tmp_path: Path, changes: list[str]) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text('{"text": "held out"}\n' * 2000)  # many more than are learned
+    changes += [f"data.eval={held_out}", "eval.every=1", "train.epochs=3"]
+    config = load_config(configure(tiny_llama, tmp_path, row_length=20), changes)
+    duration = estimate(config, Console(file=StringIO()))
+    assert duration.evaluations == duration.steps == 3
+    learning = duration.seconds_per_batch * duration.steps
+    assert duration.seconds > 10 * learning
 
 
 def test_a_run_that_can_not_fit_is_refused_before_the_base_is_loaded(

@@ -38,12 +38,16 @@ class TextCodec:
         twice = self._bos is not None and ids[:2] == [self._bos, self._bos]
         return ids[1:] if twice else ids
 
+    def render_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
+        """The conversation's text, raising as `encode_chat` does."""
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+
     def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
         """The rendered conversation's ids; the template alone says which special tokens it has.
 
         Raises InvalidRequest: for `chat` without a template, for `chat.messages` when the template refuses them.
         """
-        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -22,7 +22,7 @@ from hatrack_trainer.errors import NoEstimate, UsageError
 from hatrack_trainer.estimate.memory import Batch, estimate_memory, largest_batch
 from hatrack_trainer.estimate.peak import Peak
 from hatrack_trainer.estimate.remedies import changed, check_fits, fitting, gigabytes
-from hatrack_trainer.estimate.report import batches_of, steps_of
+from hatrack_trainer.estimate.report import batches_of, evaluations_of, steps_of
 from hatrack_trainer.estimate.sketch import tensors_of
 from hatrack_trainer.methods import methods, read_method
 from hatrack_trainer.sft import make_trainer
@@ -273,3 +273,10 @@ class TestTime:
     def test_steps(self) -> None:
         assert steps_of(5, configure(Path("base"), epochs=1.5, gradient_accumulation=2)) == 5
         assert steps_of(5, configure(Path("base"), max_steps=7)) == 7
+
+    @pytest.mark.parametrize(
+        ("held_out", "every", "evaluations"), [(None, None, 0), ("rows.jsonl", None, 1), ("rows.jsonl", 3, 4)]
+    )
+    def test_evaluations_of_ten_steps(self, held_out: str | None, every: int | None, evaluations: int) -> None:
+        config = changed(configure(Path("base")), {"data.eval": held_out and Path(held_out), "eval.every": every})
+        assert evaluations_of(10, config) == evaluations

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from tiny import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from hatrack_server.text.codec import ChatMessage, TextCodec
+from hatrack_trainer.config import DataSection
 from hatrack_trainer.data import IGNORED, Example
 from hatrack_trainer.data.formats import Completion, Conversation, Document, Target, Turn
 from hatrack_trainer.data.problems import WrongRow
+from hatrack_trainer.data.read import read_data
 from hatrack_trainer.data.tokens import Loss, TargetTokenizer, stop_token_ids
 from hatrack_trainer.errors import DataError
 
@@ -50,6 +53,38 @@ def flaws(checkpoint: Path, target: Target, **options: Any) -> list[tuple[str, s
 def with_template(folder: Path, template: str) -> Path:
     make_tokenizer(chat_template=template).save_pretrained(folder)
     return folder
+
+
+def chat_of(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+
+
+class TestLongPrompts:
+    LONG = "word " * 2_000_000
+
+    @pytest.mark.parametrize("row", [{"prompt": LONG, "completion": "a"}, {"messages": chat_of(LONG)}])
+    def test_are_refused_at_once(self, tiny_llama: Path, tmp_path: Path, row: dict[str, Any]) -> None:
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(row))
+        began = time.process_time()
+        with pytest.raises(DataError, match=r":1: the prompt leaves nothing of the completion in max_length=1024$"):
+            read_data(DataSection(train=file), tiny_llama)
+        assert time.process_time() - began < 2  # in full they take ten times that
+
+    def test_fit_where_the_tokenizer_drops_most_of_them(self, tmp_path: Path) -> None:
+        tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        for prompt in ("a" + " " * 10_000 + "b", "x" * 10_000):
+            own = TargetTokenizer(TextCodec(tmp_path), [3])
+            assert not own.exceeds(completion(prompt, " a"), 4)
+            assert len(own.tokenise(completion(prompt, " a")).input_ids) <= 4
+        assert own.exceeds(completion("a b " * 10_000, "a"), 4)
+
+    def test_that_are_short_are_not_told_before_they_are_tokenised(self, tiny_llama: Path) -> None:
+        own = TargetTokenizer(TextCodec(tiny_llama), [EOS])
+        assert not own.exceeds(completion("a" * 20, "b"), 4)
+        assert not own.exceeds(Document("a" * 20_000), 4)
 
 
 class TestCompletions:

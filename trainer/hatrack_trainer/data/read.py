@@ -130,7 +130,10 @@ def _format(file: Path, lines: Sequence[Line], problems: Sequence[Problem], name
 
 
 def _entries(line: Line, file_format: FileFormat, tokenizer: TargetTokenizer, max_length: int) -> list[Entry]:
-    wholes = [tokenizer.tokenise(target) for target in file_format.parse(line.row)]
+    targets = file_format.parse(line.row)
+    if any(tokenizer.exceeds(target, max_length) for target in targets):  # of megabytes, which take minutes
+        raise WrongRow(Flaw("", f"the prompt leaves nothing of the completion in {max_length=}"))
+    wholes = [tokenizer.tokenise(target) for target in targets]
     if len(wholes) == 2:
         _check_pair(wholes[0], wholes[1], max_length)
     return [Entry(line, _cut(whole, max_length), len(whole.input_ids)) for whole in wholes]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hatrack_server.errors import InvalidRequest
-from hatrack_server.text.codec import TextCodec
+from hatrack_server.text.codec import ChatMessage, TextCodec
 from hatrack_trainer.data.example import IGNORED, Example
 from hatrack_trainer.data.formats import Completion, Conversation, Document, Target, Turn
 from hatrack_trainer.data.problems import Flaw, WrongRow
@@ -17,6 +18,9 @@ from hatrack_trainer.errors import DataError
 
 Loss = Literal["completion", "assistant"]
 """Which turns of a chat are learned: the last alone, or every one of the assistant's."""
+
+CHARACTERS = 8
+"""More than a token of most texts has."""
 
 
 def stop_token_ids(checkpoint: Path) -> list[int]:
@@ -63,6 +67,30 @@ class TargetTokenizer:
                 ids = self._end(self._codec.encode(target.text))
                 # Nothing comes before the first token for it to be guessed from.
                 return Example(ids, [IGNORED, *ids[1:]])
+
+    def exceeds(self, target: Target, tokens: int) -> bool:
+        """Whether what comes before the first learned token surely has more tokens, without tokenising all of it.
+
+        Told from its beginning: each of its tokens stands for at least one character, and none of the whole text's for
+        more than the vocabulary's longest. False says nothing.
+        """
+        most = self._codec.longest_token * tokens
+        enough = CHARACTERS * most
+        match target:
+            case Completion():
+                prompt = target.prompt
+            case Conversation(turns) if sum(len(turn.content) for turn in turns) > enough:
+                prompt = self._asked(turns)
+            case _:
+                return False
+        return len(prompt) > enough and len(self._codec.encode(prompt[:enough])) > most
+
+    def _asked(self, turns: list[Turn]) -> str:
+        """What comes before the first learned turn."""
+        answers = (place for place, turn in enumerate(turns) if turn.role == "assistant")
+        first = next(answers) if self._loss == "assistant" else len(turns) - 1
+        with _template_errors():
+            return self._codec.render_chat(_messages(turns[:first]))
 
     def _completion(self, target: Completion) -> Example:
         prompt, whole = self._codec.encode(target.prompt), self._codec.encode(target.prompt + target.completion)
@@ -118,15 +146,8 @@ class TargetTokenizer:
         return _Answer(ids if stop is None else ids[: len(prompt) + stop + 1], len(prompt), stop is not None)
 
     def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> list[int]:
-        try:
-            return self._codec.encode_chat(
-                [{"role": turn.role, "content": turn.content} for turn in turns],
-                add_generation_prompt=add_generation_prompt,
-            )
-        except InvalidRequest as error:
-            if error.field == "chat":
-                raise DataError("the base has no chat template: write prompt and completion instead") from None
-            raise WrongRow(Flaw("messages", " ".join(error.message.split()))) from None
+        with _template_errors():
+            return self._codec.encode_chat(_messages(turns), add_generation_prompt=add_generation_prompt)
 
     def _ids_behind(self, before: str, text: str) -> list[int]:
         """The text's ids as they stand behind another text, without the tokens that open every text."""
@@ -140,6 +161,20 @@ class TargetTokenizer:
 
     def _end(self, ids: list[int]) -> list[int]:
         return ids if ids and ids[-1] in self._stop_ids else [*ids, self._stop_ids[0]]
+
+
+def _messages(turns: Sequence[Turn]) -> list[ChatMessage]:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field == "chat":
+            raise DataError("the base has no chat template: write prompt and completion instead") from None
+        raise WrongRow(Flaw("messages", " ".join(error.message.split()))) from None
 
 
 def _stops_early(field: str) -> WrongRow:

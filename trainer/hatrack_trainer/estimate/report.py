@@ -15,7 +15,7 @@ from rich.text import Text
 from hatrack_trainer.base import find_base
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.data import Example
-from hatrack_trainer.data.read import ExampleSet, read_data
+from hatrack_trainer.data.read import Data, ExampleSet, read_data
 from hatrack_trainer.distributed import own_device
 from hatrack_trainer.dpo import make_pair_trainer
 from hatrack_trainer.estimate.memory import Memory, available_memory, check_memory, estimate_memory, largest_batch
@@ -35,7 +35,8 @@ class Duration:
 
     seconds_per_batch: float  # of its longest rows
     steps: int
-    seconds: float  # all steps, by their rows' tokens; without evaluations and checkpoints
+    evaluations: int  # at most: with patience, a run may stop early
+    seconds: float  # all of them, by their rows' tokens; without checkpoints
 
 
 def estimate(config: TrainConfig, console: Console, say: Callable[[str], None] = lambda _: None) -> Duration:
@@ -46,7 +47,8 @@ def estimate(config: TrainConfig, console: Console, say: Callable[[str], None] =
     """
     checkpoint = find_base(config.base.model)
     check_adapter(config.adapter, checkpoint)
-    train_set = read_data(config.data, checkpoint).train
+    data = read_data(config.data, checkpoint)
+    train_set = data.train
     check_objective(config, train_set)
     cuda = own_device() != "cpu"
     memory = estimate_memory(config, checkpoint, largest_batch(config, train_set), cuda=cuda)
@@ -55,7 +57,7 @@ def estimate(config: TrainConfig, console: Console, say: Callable[[str], None] =
     if memory.total > available:
         check_memory(config, checkpoint, train_set, cuda=cuda)
     say(f"measuring {STEPS} steps")
-    duration = _measure(config, checkpoint, train_set)
+    duration = _measure(config, checkpoint, data)
     console.print(Text(_sentence(duration)), soft_wrap=True)
     return duration
 
@@ -75,20 +77,40 @@ def steps_of(batches: int, config: TrainConfig) -> int:
     return train.max_steps or math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
 
 
-def _measure(config: TrainConfig, checkpoint: Path, train_set: ExampleSet) -> Duration:
+def evaluations_of(steps: int, config: TrainConfig) -> int:
+    """How often a run of so many steps takes the held-out loss, if none is its best for long."""
+    if config.data.eval is None:
+        return 0
+    return 1 if config.eval.every is None else math.ceil(steps / config.eval.every)
+
+
+def _measure(config: TrainConfig, checkpoint: Path, data: Data) -> Duration:
     ended: list[float] = []
-    make = make_pair_trainer if train_set.pairs else make_trainer
-    measured = _longest(config, train_set)
-    examples = [each for row in measured for each in row]
+    make = make_pair_trainer if data.train.pairs else make_trainer
+    measured = _longest(config, data.train)
+    unpacked = changed(config, {"train.packing": False})  # as held-out rows always are
+    held_out = _longest(unpacked, data.held_out) if data.held_out else None
     trainer = load_trainer(
-        make, _few_steps(config), checkpoint, examples, None, lambda *_: ended.append(time.perf_counter())
+        make,
+        _few_steps(config),
+        checkpoint,
+        _examples(measured),
+        _examples(held_out) if held_out else None,
+        lambda *_: ended.append(time.perf_counter()),
     )
     trainer.train()
-    seconds = (ended[-1] - ended[0]) / (len(ended) - 1)
-    batches = batches_of([_length(row) for row in _rows(train_set)], config)
+    per_batch = (ended[-1] - ended[0]) / (len(ended) - 1)
+    batches = _batches(config, _rows(data.train))
     steps = steps_of(len(batches), config)
-    share = sum(batches) / len(batches) / max(batches_of([_length(row) for row in measured], config))
-    return Duration(seconds, steps, seconds * share * steps * config.train.gradient_accumulation)
+    share = sum(batches) / len(batches) / max(_batches(config, measured))
+    seconds = per_batch * share * steps * config.train.gradient_accumulation
+    evaluations = evaluations_of(steps, config)
+    if data.held_out and held_out:
+        began = time.perf_counter()
+        trainer.evaluate()
+        share = sum(_batches(unpacked, _rows(data.held_out))) / sum(_batches(unpacked, held_out))
+        seconds += (time.perf_counter() - began) * share * evaluations
+    return Duration(per_batch, steps, evaluations, seconds)
 
 
 def _few_steps(config: TrainConfig) -> TrainConfig:
@@ -104,20 +126,28 @@ def _few_steps(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _rows(train_set: ExampleSet) -> list[list[Example]]:
+def _rows(part: ExampleSet) -> list[list[Example]]:
     """The examples of each row: of a preference, two."""
-    size = 2 if train_set.pairs else 1
-    examples = train_set.examples
+    size = 2 if part.pairs else 1
+    examples = part.examples
     return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def _examples(rows: list[list[Example]]) -> list[Example]:
+    return [each for row in rows for each in row]
+
+
+def _batches(config: TrainConfig, rows: list[list[Example]]) -> list[int]:
+    return batches_of([_length(row) for row in rows], config)
 
 
 def _length(row: list[Example]) -> int:
     return max(len(each.input_ids) for each in row)
 
 
-def _longest(config: TrainConfig, train_set: ExampleSet) -> list[list[Example]]:
-    """Rows enough for the measured steps; to be packed, all, as each packed row is as full as the others."""
-    rows = sorted(_rows(train_set), key=_length, reverse=True)
+def _longest(config: TrainConfig, part: ExampleSet) -> list[list[Example]]:
+    """Rows enough for the measured batches; to be packed, all, as each packed row is as full as the others."""
+    rows = sorted(_rows(part), key=_length, reverse=True)
     return rows if config.train.packing else rows[: STEPS * config.train.batch_size]
 
 
@@ -131,9 +161,11 @@ def _table(memory: Memory, available: int, device: str) -> Table:
 
 
 def _sentence(duration: Duration) -> str:
+    many = "1 evaluation" if duration.evaluations == 1 else f"{duration.evaluations} evaluations"
+    evaluations = f" and {many}" if duration.evaluations else ""
     return (
-        f"time: {_clock(duration.seconds)} for {duration.steps} steps, by {duration.seconds_per_batch:.2f} s for a "
-        "batch of the longest rows; evaluations and checkpoints come on top"
+        f"time: {_clock(duration.seconds)} for {duration.steps} steps{evaluations}, by "
+        f"{duration.seconds_per_batch:.2f} s for a batch of the longest rows; checkpoints come on top"
     )
 
 
