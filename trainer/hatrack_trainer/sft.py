@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from hatrack_server.model.load import prepare_for_training
-from hatrack_trainer.checkpoints import Resumable, Schedule
+from hatrack_trainer.checkpoints import Rate, Resumable, Schedule
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.data import Example
 from hatrack_trainer.distributed import found_by_any, own_share, prepare_sharding
@@ -97,6 +97,7 @@ def finish(trainer: Resumable, config: TrainConfig) -> None:
         raise UsageError(f"train.neftune_alpha: does not work with adapter.method {config.adapter.method} on this base")
     trainer.method = config.adapter
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Rate())
     trainer.add_callback(Schedule(config))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):

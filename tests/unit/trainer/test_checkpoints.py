@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState
 
 from hatrack.manifest import BaseIdentity
 from hatrack_trainer.artifact import finishing
-from hatrack_trainer.checkpoints import Checkpoints, Schedule
+from hatrack_trainer.checkpoints import Checkpoints, Resumable, Schedule
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.unfinished import Beginning, is_unfinished, read_beginning, write_beginning
@@ -176,6 +177,24 @@ class TestBeginning:
         (tmp_path / "training" / "run.json").write_text("{")
         with pytest.raises(UsageError, match=r"training/run\.json: can't be read: Expecting property name"):
             read_beginning(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+    ],
+)
+def test_transformers_still_calls_what_is_overridden(name: str, parameters: list[str]) -> None:
+    assert name in vars(Resumable)
+    assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters
+    assert f"self.{name}(" in inspect.getsource(Trainer)
+
+
+def test_nothing_else_of_transformers_own_is_overridden() -> None:
+    private = {name for name in vars(Resumable) if name.startswith("_") and not name.endswith("__")}
+    assert private & vars(Trainer).keys() == {"_save_checkpoint", "_load_from_checkpoint"}
 
 
 def schedule(step: int, evaluations: dict[int, float], **sections: dict[str, Any]) -> dict[str, bool]:
