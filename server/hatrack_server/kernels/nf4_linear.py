@@ -12,6 +12,10 @@ from hatrack_server.kernels.native import native
 PACKED_ROWS = 32  # bitsandbytes' packed CPU kernel crashes unless out_features is a multiple of this
 BLOCK = 64  # inputs to a scale, as the C kernel takes them
 
+# Tokens up to which PyTorch's product with a dense bfloat16 weight leaves much of the memory's bandwidth unused. On two
+# cores of a Zen 5, a head of 32000x2048 takes 4.1, 4.5 and 5.3 ms for 1, 8 and 16 tokens, in C 2.9, 3.2 and 4.8.
+FEW = 8
+
 
 class PackedLinear(nn.Module):
     """An NF4 layer in the layout of bitsandbytes' fast CPU kernel.
@@ -78,8 +82,19 @@ def keep_canonical(layer: nn.Module) -> None:
 
 def nf4_linear(x: Tensor, layer: BaseLinear) -> Tensor:
     """x[…, in] times the base's weight, plus its bias: […, out]."""
+    if type(layer) is nn.Linear:
+        return _dense_linear(x, layer)
     y: Tensor = layer(x)
     return y
+
+
+def _dense_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    weight, tokens = layer.weight, x.reshape(-1, layer.in_features)
+    library = native() if x.device.type == "cpu" and x.dtype is weight.dtype is torch.bfloat16 else None
+    if library is None or len(tokens) > FEW or tokens.stride(1) != 1:
+        return nn.functional.linear(x, weight, layer.bias)
+    y = library.dense_product(tokens, weight).view(*x.shape[:-1], layer.out_features)
+    return y if layer.bias is None else y.add_(layer.bias)
 
 
 def dequantized(layer: nn.Linear) -> Tensor:

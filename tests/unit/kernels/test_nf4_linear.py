@@ -120,6 +120,17 @@ def test_without_the_c_kernel_bitsandbytes_answers(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 4, 7, 8, 9])  # the last is PyTorch's
+def test_a_dense_layer_is_that_of_pytorch(tokens: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(100, 67, bias=bias, dtype=torch.bfloat16)  # neither in whole vectors nor in fours
+    x = inputs(tokens, 104).bfloat16()[:, 4:]
+    torch.testing.assert_close(nf4_linear(x, layer), layer(x), rtol=2**-7, atol=4e-3)
+    assert nf4_linear(x[None], layer).shape == (1, tokens, 67)
+
+
+@torch.inference_mode()
 def test_an_unquantised_layer_is_left_as_it_is() -> None:
     layer, x = nn.Linear(5, 3), inputs(2, 5)
     assert pack(layer) is layer

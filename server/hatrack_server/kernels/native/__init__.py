@@ -25,6 +25,7 @@ COMPILE_SECONDS = 60
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
     "add_low_rank": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 6, _POINTER],
+    "dense_product": [_POINTER, _INT, *[_POINTER] * 2, *[_INT] * 3],
     "nf4_product": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4],
 }
 
@@ -45,6 +46,7 @@ class Native:
             function.argtypes, function.restype = arguments, None
         self.has_nf4_product, self.has_tiles = bool(library.has_nf4_product()), bool(library.request_tiles())
         self._add_low_rank = library.add_low_rank
+        self._dense_product = library.dense_product
         self._nf4_product = library.nf4_product
 
     def add_low_rank(
@@ -64,6 +66,14 @@ class Native:
             y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), a.data_ptr(), b.data_ptr(), rows.data_ptr(),
             start, count, length, rank, width, out, v.data_ptr(),
         )  # fmt: skip
+
+    def dense_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x[T, k] times weight[n, k]: [T, n], all bfloat16."""
+        (tokens, k), n = x.shape, weight.shape[0]
+        _require(x.stride(1) == 1 and weight.shape[1] == k and weight.is_contiguous())
+        y = torch.empty(tokens, n, dtype=torch.bfloat16)
+        self._dense_product(x.data_ptr(), x.stride(0), weight.data_ptr(), y.data_ptr(), tokens, n, k)
+        return y
 
     def nf4_product(self, x: Tensor, packed: Tensor, scales: Tensor, code: Tensor) -> Tensor:
         """x[T, k] times the weight: [T, n], both bfloat16, given packed[n, k/2] uint8, scales[k/64, n] bfloat16 and

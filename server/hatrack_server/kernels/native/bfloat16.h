@@ -13,6 +13,7 @@ enum { LANES = 8 };
 
 typedef uint16_t bfloat16;
 typedef float lanes __attribute__((vector_size(LANES * 4)));
+typedef uint32_t pairs __attribute__((vector_size(LANES * 4)));  // of bfloat16
 
 static inline float widen(bfloat16 half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -39,5 +40,32 @@ static inline lanes widen_lanes(const bfloat16 *from) {
     narrow_lanes values;
     memcpy(&values, from, sizeof values);
     return (lanes)(__builtin_convertvector(values, wide_lanes) << 16);
+#endif
+}
+
+// 2 LANES values that lie side by side.
+static inline pairs load_pairs(const bfloat16 *from) {
+    pairs values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+// sums plus the product of both values of each pair.
+static inline lanes add_dot(lanes sums, pairs one, pairs other) {
+#ifdef __AVX512BF16__
+    return (lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)one, (__m512bh)other);
+#else
+    const pairs upper = one & 0xffff0000, other_upper = other & 0xffff0000;
+    return sums + (lanes)(one << 16) * (lanes)(other << 16) + (lanes)upper * (lanes)other_upper;
+#endif
+}
+
+static inline float sum_lanes(lanes values) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)values);
+#else
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += values[lane];
+    return sum;
 #endif
 }

@@ -1,33 +1,7 @@
 // y += (x Aᵀ) B, the tokens of each row with its own adapter's A and B: few tokens at the speed of reading them.
-#include "bfloat16.h"
+#include "dot.h"
 
-enum { GROUP = 4 };    // tokens, and ranks, taken together: what is read once serves four, from four places at a time
 enum { CHUNK = 256 };  // outputs that one thread makes at a time: their sums stay in its nearest cache
-
-// v[tokens, ranks] = x[tokens, n] a[ranks, n]ᵀ, with at most GROUP of both; constants where this is inlined.
-static inline __attribute__((always_inline)) void shrink(float *v, int64_t v_stride, const bfloat16 *x,
-                                                         int64_t x_stride, const bfloat16 *a, int64_t n,
-                                                         const int tokens, const int ranks) {
-    lanes sums[GROUP][GROUP] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        lanes inputs[GROUP];
-        for (int t = 0; t < tokens; t++) inputs[t] = widen_lanes(x + t * x_stride + i);
-        for (int r = 0; r < ranks; r++) {
-            const lanes weights = widen_lanes(a + r * n + i);
-            __builtin_prefetch(a + (r + GROUP) * n + i, 0, 2);  // of the next ranks, into the second cache
-            for (int t = 0; t < tokens; t++) sums[t][r] += inputs[t] * weights;
-        }
-    }
-    for (int t = 0; t < tokens; t++) {
-        for (int r = 0; r < ranks; r++) {
-            float sum = 0;
-            for (int lane = 0; lane < LANES; lane++) sum += sums[t][r][lane];
-            for (int64_t j = i; j < n; j++) sum += widen(x[t * x_stride + j]) * widen(a[r * n + j]);
-            v[t * v_stride + r] = sum;
-        }
-    }
-}
 
 // sums[tokens, 0 … n) += v[tokens, ranks] b[ranks, 0 … n), the rows of b being `stride` apart; as above.
 static inline __attribute__((always_inline)) void add_scaled(float (*sums)[CHUNK], const float *v, int64_t v_stride,
@@ -68,19 +42,6 @@ static inline __attribute__((always_inline)) void expand(bfloat16 *y, int64_t y_
         for (int64_t i = 0; i < n; i++) y[t * y_stride + i] = narrow(widen(y[t * y_stride + i]) + sums[t][i]);
 }
 
-static void shrink_few(float *v, const bfloat16 *x, int64_t x_stride, const bfloat16 *a, int64_t rank, int64_t n,
-                       int64_t tokens, int64_t ranks) {
-    if (tokens == GROUP && ranks == GROUP) {
-        shrink(v, rank, x, x_stride, a, n, GROUP, GROUP);
-    } else if (ranks == GROUP) {
-        for (int64_t t = 0; t < tokens; t++) shrink(v + t * rank, rank, x + t * x_stride, x_stride, a, n, 1, GROUP);
-    } else {
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t r = 0; r < ranks; r++)
-                shrink(v + t * rank + r, rank, x + t * x_stride, x_stride, a + r * n, n, 1, 1);
-    }
-}
-
 static void expand_few(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank, const bfloat16 *b, int64_t stride,
                        int64_t n, int64_t tokens) {
     if (tokens == GROUP)
@@ -88,8 +49,6 @@ static void expand_few(bfloat16 *y, int64_t y_stride, const float *v, int64_t ra
     else
         for (int64_t t = 0; t < tokens; t++) expand(y + t * y_stride, y_stride, v + t * rank, rank, b, stride, n, 1);
 }
-
-static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
 // Each of the `count` rows of a[…, rank, in] and b[…, rank, out] meets `length` tokens of y and x, which may be the same,
 // one after the other from `start` on; v[count · length, rank] is overwritten.
@@ -106,8 +65,8 @@ void add_low_rank(bfloat16 *y, int64_t y_stride, const bfloat16 *x, int64_t x_st
         for (int64_t i = 0; i < count * parts * ranks; i++) {
             const int64_t row = i / ranks / parts, first = i / ranks % parts * GROUP, r = i % ranks * GROUP;
             const int64_t token = row * length + first;
-            shrink_few(v + token * rank + r, x + token * x_stride, x_stride, a + (rows[row] * rank + r) * in, rank, in,
-                       least(length - first, GROUP), least(rank - r, GROUP));
+            dot_few(v + token * rank + r, rank, x + token * x_stride, x_stride, a + (rows[row] * rank + r) * in, in,
+                    least(length - first, GROUP), least(rank - r, GROUP));
         }
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < count * parts * chunks; i++) {

@@ -1,0 +1,45 @@
+// Products of tokens with rows that lie side by side, a few of both: what is read once serves four.
+#pragma once
+
+#include "bfloat16.h"
+
+enum { GROUP = 4 };  // of each: four places are read at a time
+
+// v[tokens, rows] = x[tokens, n] a[rows, n]ᵀ, with at most GROUP of both; constants where this is inlined.
+static inline __attribute__((always_inline)) void dot(float *v, int64_t v_stride, const bfloat16 *x, int64_t x_stride,
+                                                      const bfloat16 *a, int64_t n, const int tokens, const int rows) {
+    lanes sums[GROUP][GROUP] = {0};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        pairs inputs[GROUP];
+        for (int t = 0; t < tokens; t++) inputs[t] = load_pairs(x + t * x_stride + i);
+        for (int r = 0; r < rows; r++) {
+            const pairs weights = load_pairs(a + r * n + i);
+            __builtin_prefetch(a + (r + GROUP) * n + i, 0, 2);  // of the next rows, into the second cache
+            for (int t = 0; t < tokens; t++) sums[t][r] = add_dot(sums[t][r], inputs[t], weights);
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        for (int r = 0; r < rows; r++) {
+            float sum = sum_lanes(sums[t][r]);
+            for (int64_t j = i; j < n; j++) sum += widen(x[t * x_stride + j]) * widen(a[r * n + j]);
+            v[t * v_stride + r] = sum;
+        }
+    }
+}
+
+// The same for numbers that are not known before: in fours where there are as many.
+static inline void dot_few(float *v, int64_t v_stride, const bfloat16 *x, int64_t x_stride, const bfloat16 *a,
+                           int64_t n, int64_t tokens, int64_t rows) {
+    if (tokens == GROUP && rows == GROUP) {
+        dot(v, v_stride, x, x_stride, a, n, GROUP, GROUP);
+    } else if (rows == GROUP) {
+        for (int64_t t = 0; t < tokens; t++) dot(v + t * v_stride, v_stride, x + t * x_stride, x_stride, a, n, 1, GROUP);
+    } else {
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t r = 0; r < rows; r++)
+                dot(v + t * v_stride + r, v_stride, x + t * x_stride, x_stride, a + r * n, n, 1, 1);
+    }
+}
+
+static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
