@@ -34,7 +34,7 @@ class Keys:
 class Decode:
     """Chunks of one token and of similar lengths, attended together."""
 
-    tokens: Tensor  # int64 [R]: their places among the step's tokens
+    tokens: slice | Tensor  # their places among the step's tokens: int64 [R], or a slice where they are neighbours
     slots: Tensor  # int64 [R, L], padded with slot 0, which always holds zeros
     positions: Tensor  # int64 [R]
     _keys: dict[int | None, Keys] = field(default_factory=dict)
@@ -121,7 +121,10 @@ def _similar(single: Iterable[tuple[Chunk, int]]) -> Iterator[list[tuple[Chunk, 
 
 
 def _decode(group: Sequence[tuple[Chunk, int]], device: torch.device) -> Decode:
+    group = sorted(group, key=lambda found: found[1])
     slots = torch.nn.utils.rnn.pad_sequence([chunk.slots for chunk, _ in group], batch_first=True)
     positions = torch.tensor([chunk.start for chunk, _ in group])
-    tokens = torch.tensor([token for _, token in group])
-    return Decode(tokens.to(device), slots.to(device), positions.to(device))
+    places = [token for _, token in group]
+    adjacent = places[-1] - places[0] == len(places) - 1
+    tokens = slice(places[0], places[-1] + 1) if adjacent else torch.tensor(places).to(device)
+    return Decode(tokens, slots.to(device), positions.to(device))

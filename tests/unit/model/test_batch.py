@@ -40,13 +40,13 @@ def test_each_token_is_written_at_its_own_position(batch: Batch) -> None:
 
 def test_chunks_of_one_token_decode_together(batch: Batch) -> None:
     [decode] = batch.decodes
-    assert decode.tokens.tolist() == [6, 3]
-    assert decode.positions.tolist() == [0, 5]
+    assert decode.tokens.tolist() == [3, 6]
+    assert decode.positions.tolist() == [5, 0]
     everything, window = decode.keys(None), decode.keys(2)
-    assert everything.slots.tolist() == [[80, 0, 0, 0, 0, 0], [40, 39, 38, 37, 36, 35]]
-    assert everything.mask.tolist() == [[True] + [False] * 5, [True] * 6]
-    assert window.slots.tolist() == [[80, 80], [36, 35]]
-    assert window.mask.tolist() == [[False, True], [True, True]]
+    assert everything.slots.tolist() == [[40, 39, 38, 37, 36, 35], [80, 0, 0, 0, 0, 0]]
+    assert everything.mask.tolist() == [[True] * 6, [True] + [False] * 5]
+    assert window.slots.tolist() == [[36, 35], [80, 80]]
+    assert window.mask.tolist() == [[True, True], [False, True]]
     assert decode.keys(6).slots is decode.keys(None).slots
 
 
@@ -72,6 +72,7 @@ def test_keys_are_found_once(batch: Batch) -> None:
 def test_decodes_alone_and_prefills_alone() -> None:
     decodes = build_batch([chunk(3, [1], first_slot=9), chunk(1, [2], first_slot=19)], CPU)
     assert decodes.prefills == []
+    assert [decode.tokens for decode in decodes.decodes] == [slice(0, 2)]
     prefill = build_batch([chunk(0, [1, 2], first_slot=9)], CPU)
     assert prefill.decodes == []
     assert prefill.last_tokens.tolist() == [1]
@@ -80,8 +81,9 @@ def test_decodes_alone_and_prefills_alone() -> None:
 def test_a_long_row_does_not_pad_the_others() -> None:
     lengths = [9, 5000, 200, 700, 90, 1200, 2400]
     batch = build_batch([chunk(length - 1, [1], first_slot=10_000) for length in lengths], CPU)
-    assert [[lengths[token] for token in decode.tokens] for decode in batch.decodes] == [
-        [9, 90, 200],
+    places = torch.arange(len(lengths))
+    assert [[lengths[token] for token in places[decode.tokens]] for decode in batch.decodes] == [
+        [9, 200, 90],
         [700, 1200],
         [2400],
         [5000],

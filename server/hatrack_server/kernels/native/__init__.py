@@ -57,13 +57,19 @@ class Native:
         bfloat16, rows int32. a[R, r, in] and b[R, r, out] are contiguous, and so is each token of y[T, out] and
         x[T, in], which may be the same tensor.
         """
-        (tokens, width), (_, rank, out), count = x.shape, b.shape, len(rows)
-        _require(y.shape == (tokens, out) and a.shape == (b.shape[0], rank, width))
-        _require(start >= 0 and start + count * length <= tokens and y.stride(1) == x.stride(1) == 1)
-        _require(a.is_contiguous() and b.is_contiguous())
+        (tokens, width), (height, rank, out), count = x.shape, b.shape, rows.numel()
+        (y_stride, y_step), (x_stride, x_step) = y.stride(), x.stride()
+        _require(
+            y.shape == (tokens, out)
+            and a.shape == (height, rank, width)
+            and 0 <= start <= tokens - count * length
+            and y_step == x_step == 1
+            and a.is_contiguous()
+            and b.is_contiguous()
+        )
         v = torch.empty(count * length * rank, dtype=torch.float32)
         self._add_low_rank(
-            y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), a.data_ptr(), b.data_ptr(), rows.data_ptr(),
+            y.data_ptr(), y_stride, x.data_ptr(), x_stride, a.data_ptr(), b.data_ptr(), rows.data_ptr(),
             start, count, length, rank, width, out, v.data_ptr(),
         )  # fmt: skip
 
@@ -79,11 +85,11 @@ class Native:
         """x[T, k] times the weight: [T, n], both bfloat16, given packed[n, k/2] uint8, scales[k/64, n] bfloat16 and
         code[16] float32. A token's outputs are the same to the bit whatever tokens stand beside it.
         """
-        (tokens, k), n = x.shape, packed.shape[0]
-        _require(x.stride(1) == 1 and packed.shape[1] * 2 == k)
+        (tokens, k), (n, half_k), (stride, step) = x.shape, packed.shape, x.stride()
+        _require(step == 1 and half_k * 2 == k)
         y = torch.empty(tokens, n, dtype=torch.bfloat16)
         self._nf4_product(
-            x.data_ptr(), x.stride(0), packed.data_ptr(), scales.data_ptr(), code.data_ptr(), y.data_ptr(),
+            x.data_ptr(), stride, packed.data_ptr(), scales.data_ptr(), code.data_ptr(), y.data_ptr(),
             tokens, n, k, self.has_tiles,
         )  # fmt: skip
         return y
