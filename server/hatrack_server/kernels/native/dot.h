@@ -5,9 +5,11 @@
 
 enum { GROUP = 4 };  // of each: four places are read at a time
 
-// v[tokens, rows] = x[tokens, n] a[rows, n]ᵀ, with at most GROUP of both; constants where this is inlined.
+// v[tokens, rows] = x[tokens, n] a[rows, n]ᵀ, with at most GROUP of both; constants where this is inlined. Asks for as much
+// at `next`, into the second cache.
 static inline __attribute__((always_inline)) void dot(float *v, int64_t v_stride, const bfloat16 *x, int64_t x_stride,
-                                                      const bfloat16 *a, int64_t n, const int tokens, const int rows) {
+                                                      const bfloat16 *a, const bfloat16 *next, int64_t n, const int tokens,
+                                                      const int rows) {
     lanes sums[GROUP][GROUP] = {0};
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
@@ -15,7 +17,7 @@ static inline __attribute__((always_inline)) void dot(float *v, int64_t v_stride
         for (int t = 0; t < tokens; t++) inputs[t] = load_pairs(x + t * x_stride + i);
         for (int r = 0; r < rows; r++) {
             const pairs weights = load_pairs(a + r * n + i);
-            __builtin_prefetch(a + (r + GROUP) * n + i, 0, 2);  // of the next rows, into the second cache
+            __builtin_prefetch(next + r * n + i, 0, 2);
             for (int t = 0; t < tokens; t++) sums[t][r] = add_dot(sums[t][r], inputs[t], weights);
         }
     }
@@ -30,15 +32,16 @@ static inline __attribute__((always_inline)) void dot(float *v, int64_t v_stride
 
 // The same for numbers that are not known before: in fours where there are as many.
 static inline void dot_few(float *v, int64_t v_stride, const bfloat16 *x, int64_t x_stride, const bfloat16 *a,
-                           int64_t n, int64_t tokens, int64_t rows) {
+                           const bfloat16 *next, int64_t n, int64_t tokens, int64_t rows) {
     if (tokens == GROUP && rows == GROUP) {
-        dot(v, v_stride, x, x_stride, a, n, GROUP, GROUP);
+        dot(v, v_stride, x, x_stride, a, next, n, GROUP, GROUP);
     } else if (rows == GROUP) {
-        for (int64_t t = 0; t < tokens; t++) dot(v + t * v_stride, v_stride, x + t * x_stride, x_stride, a, n, 1, GROUP);
+        for (int64_t t = 0; t < tokens; t++)
+            dot(v + t * v_stride, v_stride, x + t * x_stride, x_stride, a, next, n, 1, GROUP);
     } else {
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t r = 0; r < rows; r++)
-                dot(v + t * v_stride + r, v_stride, x + t * x_stride, x_stride, a + r * n, n, 1, 1);
+                dot(v + t * v_stride + r, v_stride, x + t * x_stride, x_stride, a + r * n, next + r * n, n, 1, 1);
     }
 }
 

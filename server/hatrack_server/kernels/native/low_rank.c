@@ -3,10 +3,11 @@
 
 enum { CHUNK = 256 };  // outputs that one thread makes at a time: their sums stay in its nearest cache
 
-// sums[tokens, 0 … n) += v[tokens, ranks] b[ranks, 0 … n), the rows of b being `stride` apart; as above.
+// sums[tokens, 0 … n) += v[tokens, ranks] b[ranks, 0 … n), the rows of b being `stride` apart, as those at `next`, for
+// which it asks.
 static inline __attribute__((always_inline)) void add_scaled(float (*sums)[CHUNK], const float *v, int64_t v_stride,
-                                                             const bfloat16 *b, int64_t stride, int64_t n,
-                                                             const int tokens, const int ranks) {
+                                                             const bfloat16 *b, const bfloat16 *next, int64_t stride,
+                                                             int64_t n, const int tokens, const int ranks) {
     lanes factors[GROUP][GROUP] = {0};  // in registers, where a store to `sums` can't change them
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < ranks; r++) factors[t][r] += v[t * v_stride + r];
@@ -15,7 +16,7 @@ static inline __attribute__((always_inline)) void add_scaled(float (*sums)[CHUNK
         lanes weights[GROUP];
         for (int r = 0; r < ranks; r++) {
             weights[r] = widen_lanes(b + r * stride + i);
-            __builtin_prefetch(b + r * stride + i + CHUNK, 0, 2);  // of the next outputs, into the second cache
+            __builtin_prefetch(next + r * stride + i, 0, 2);
         }
         for (int t = 0; t < tokens; t++) {
             lanes sum;
@@ -31,23 +32,25 @@ static inline __attribute__((always_inline)) void add_scaled(float (*sums)[CHUNK
 
 // y[tokens, 0 … n) += v[tokens, rank] b[rank, 0 … n), rounded once.
 static inline __attribute__((always_inline)) void expand(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank,
-                                                         const bfloat16 *b, int64_t stride, int64_t n,
-                                                         const int tokens) {
+                                                         const bfloat16 *b, const bfloat16 *next, int64_t stride,
+                                                         int64_t n, const int tokens) {
     float sums[GROUP][CHUNK] __attribute__((aligned(64)));
     memset(sums, 0, tokens * sizeof *sums);
     int64_t r = 0;
-    for (; r + GROUP <= rank; r += GROUP) add_scaled(sums, v + r, rank, b + r * stride, stride, n, tokens, GROUP);
-    for (; r < rank; r++) add_scaled(sums, v + r, rank, b + r * stride, stride, n, tokens, 1);
+    for (; r + GROUP <= rank; r += GROUP)
+        add_scaled(sums, v + r, rank, b + r * stride, next + r * stride, stride, n, tokens, GROUP);
+    for (; r < rank; r++) add_scaled(sums, v + r, rank, b + r * stride, next + r * stride, stride, n, tokens, 1);
     for (int t = 0; t < tokens; t++)
         for (int64_t i = 0; i < n; i++) y[t * y_stride + i] = narrow(widen(y[t * y_stride + i]) + sums[t][i]);
 }
 
-static void expand_few(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank, const bfloat16 *b, int64_t stride,
-                       int64_t n, int64_t tokens) {
+static void expand_few(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank, const bfloat16 *b,
+                       const bfloat16 *next, int64_t stride, int64_t n, int64_t tokens) {
     if (tokens == GROUP)
-        expand(y, y_stride, v, rank, b, stride, n, GROUP);
+        expand(y, y_stride, v, rank, b, next, stride, n, GROUP);
     else
-        for (int64_t t = 0; t < tokens; t++) expand(y + t * y_stride, y_stride, v + t * rank, rank, b, stride, n, 1);
+        for (int64_t t = 0; t < tokens; t++)
+            expand(y + t * y_stride, y_stride, v + t * rank, rank, b, next, stride, n, 1);
 }
 
 // Each of the `count` rows of a[…, rank, in] and b[…, rank, out] meets `length` tokens of y and x, which may be the same,
@@ -64,17 +67,20 @@ void add_low_rank(bfloat16 *y, int64_t y_stride, const bfloat16 *x, int64_t x_st
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count * parts * ranks; i++) {
             const int64_t row = i / ranks / parts, first = i / ranks % parts * GROUP, r = i % ranks * GROUP;
-            const int64_t token = row * length + first;
-            dot_few(v + token * rank + r, rank, x + token * x_stride, x_stride, a + (rows[row] * rank + r) * in, in,
+            const int64_t token = row * length + first, after = least(row + 1, count - 1);
+            const bfloat16 *own = a + (rows[row] * rank + r) * in;
+            const bfloat16 *next = r + GROUP < rank ? own + GROUP * in : a + rows[after] * rank * in;
+            dot_few(v + token * rank + r, rank, x + token * x_stride, x_stride, own, next, in,
                     least(length - first, GROUP), least(rank - r, GROUP));
         }
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < count * parts * chunks; i++) {
             const int64_t row = i / chunks / parts, first = i / chunks % parts * GROUP, output = i % chunks * CHUNK;
-            const int64_t token = row * length + first;
-            expand_few(y + token * y_stride + output, y_stride, v + token * rank, rank,
-                       b + rows[row] * rank * out + output, out, least(out - output, CHUNK),
-                       least(length - first, GROUP));
+            const int64_t token = row * length + first, after = least(row + 1, count - 1);
+            const bfloat16 *own = b + rows[row] * rank * out + output;
+            const bfloat16 *next = output + CHUNK < out ? own + CHUNK : b + rows[after] * rank * out;
+            expand_few(y + token * y_stride + output, y_stride, v + token * rank, rank, own, next, out,
+                       least(out - output, CHUNK), least(length - first, GROUP));
         }
     }
 }
