@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hatrack_server.kernels.native import native
+
 
 def paged_decode(
     q: Tensor,
@@ -23,6 +25,10 @@ def paged_decode(
     Padding of `slots` must point at zeros: a NaN behind a mask would still poison its row.
     """
     rows, heads, dim = q.shape
+    plain = softcap is None and sinks is None and q.dtype is k_pool.dtype is torch.bfloat16
+    library = native() if plain and q.device.type == "cpu" else None
+    if library is not None and v_pool.shape[-1] in library.value_widths:
+        return library.paged_decode(q.contiguous(), k_pool, v_pool, slots, mask, scale)
     k, v = _gather(k_pool, slots), _gather(v_pool, slots)
     # The head group becomes the query length: a dense product instead of `enable_gqa`, several times faster on the CPU.
     folded = q.reshape(rows, k.shape[1], -1, dim)

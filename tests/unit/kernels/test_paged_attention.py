@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hatrack_server.kernels.native import Native
 from hatrack_server.kernels.paged_attention import causal_mask, paged_decode, paged_prefill
 
 SLOTS, DIM, VALUE_DIM = 80, 8, 6
@@ -108,6 +109,44 @@ def test_half_precision_stays_half() -> None:
         assert halves.dtype is torch.bfloat16
         wanted = attend(q[0], k[slots], v[slots], softcap, None)
         torch.testing.assert_close(halves[0].float(), wanted, atol=3e-2, rtol=3e-2)
+
+
+def long_rows(kv_heads: int, dim: int, value_dim: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Slots of five rows, some longer than what C takes at a time; the same padded; keys and values in bfloat16."""
+    lengths, generator = [1, 700, 256, 257, 30], torch.Generator().manual_seed(0)
+    slots = list((1 + torch.randperm(sum(lengths), generator=generator)).split(lengths))
+    k, v = (torch.randn(sum(lengths) + 1, kv_heads, n, generator=generator).bfloat16() for n in (dim, value_dim))
+    k[0], v[0] = 0, 0
+    return slots, torch.nn.utils.rnn.pad_sequence(slots, batch_first=True), k, v
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 5.0])  # of the softmax: the latter leaves one key with nearly all weight
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (70, 48)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (6, 1), (3, 3)])
+@pytest.mark.parametrize("window", [None, 1, 300])
+def test_decode_in_c_equals_plain_attention(
+    library: Native, window: int | None, heads: int, kv_heads: int, dim: int, value_dim: int, sharpness: float
+) -> None:
+    slots, padded, k, v = long_rows(kv_heads, dim, value_dim)
+    q = (sharpness * torch.randn(len(slots), heads, dim, generator=torch.Generator().manual_seed(1))).bfloat16()
+    lengths = torch.tensor([len(own) for own in slots])
+    mask = causal_mask(lengths - 1, torch.arange(padded.shape[1])[None], window)
+    found = library.paged_decode(q, k, v, padded, mask, SCALE)
+    for row, own in enumerate(slots):
+        seen = own[-window:] if window else own
+        wanted = attend(q[row].float(), k[seen].float(), v[seen].float(), None, None)
+        torch.testing.assert_close(found[row].float(), wanted, rtol=2**-7, atol=2e-3)
+
+
+def test_a_poisoned_sequence_stays_alone_in_c(library: Native) -> None:
+    slots, padded, k, v = long_rows(2, 64, 64)
+    q = torch.randn(len(slots), 8, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    mask = causal_mask(torch.tensor([len(own) for own in slots]) - 1, torch.arange(padded.shape[1])[None], None)
+    clean = library.paged_decode(q, k, v, padded, mask, SCALE)
+    k[slots[1][5]], v[slots[2][5]], k[slots[3]] = math.nan, math.inf, math.inf
+    found = library.paged_decode(q, k, v, padded, mask, SCALE)
+    assert not found[1:4].isfinite().any()
+    assert torch.equal(found[[0, 4]], clean[[0, 4]])
 
 
 def test_the_mask_is_causal_and_the_window_counts_the_query() -> None:

@@ -26,6 +26,7 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
     "add_low_rank": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 6, _POINTER],
     "dense_product": [_POINTER, _INT, *[_POINTER] * 2, *[_INT] * 3],
+    "paged_decode": [*[_POINTER] * 6, ctypes.c_float, *[_INT] * 6],
     "nf4_product": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4],
 }
 
@@ -38,6 +39,8 @@ class Native:
     has_tiles: whether that takes the tiles of AMX.
     """
 
+    value_widths = range(16, 513, 16)
+
     def __init__(self, path: Path) -> None:
         """Raises OSError when it can't be loaded."""
         library = ctypes.CDLL(str(path))
@@ -48,6 +51,7 @@ class Native:
         self._add_low_rank = library.add_low_rank
         self._dense_product = library.dense_product
         self._nf4_product = library.nf4_product
+        self._paged_decode = library.paged_decode
 
     def add_low_rank(
         self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, *, start: int = 0, length: int = 1
@@ -93,6 +97,25 @@ class Native:
             tokens, n, k, self.has_tiles,
         )  # fmt: skip
         return y
+
+    def paged_decode(
+        self, q: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, mask: Tensor, scale: float
+    ) -> Tensor:
+        """See `kernels.paged_attention`; all bfloat16 and contiguous, values `value_widths` wide."""
+        (rows, heads, key_width), (_, kv_heads, value_width), length = q.shape, v_pool.shape, slots.shape[1]
+        _require(
+            k_pool.shape == (len(v_pool), kv_heads, key_width)
+            and value_width in self.value_widths
+            and heads % kv_heads == 0
+            and slots.shape == mask.shape == (rows, length)
+            and all(tensor.is_contiguous() for tensor in (q, k_pool, v_pool, slots, mask))
+        )
+        out = torch.empty(rows, heads, value_width, dtype=torch.bfloat16)
+        self._paged_decode(
+            out.data_ptr(), q.data_ptr(), k_pool.data_ptr(), v_pool.data_ptr(), slots.data_ptr(), mask.data_ptr(),
+            scale, rows, length, heads, kv_heads, key_width, value_width,
+        )  # fmt: skip
+        return out
 
 
 @functools.cache
