@@ -11,8 +11,7 @@ void dense_product(const bfloat16 *x, int64_t x_stride, const bfloat16 *weight, 
         for (int64_t first = 0; first < tokens; first += GROUP) {
             const int64_t some = least(tokens - first, GROUP);
             float sums[GROUP][GROUP];
-            dot_few(*sums, GROUP, x + first * x_stride, x_stride, rows, rows + GROUP * k, k, some,
-                    outputs);
+            dot_few(*sums, GROUP, x + first * x_stride, x_stride, rows, rows + GROUP * k, k, some, outputs);
             for (int64_t t = 0; t < some; t++)
                 for (int64_t o = 0; o < outputs; o++) y[(first + t) * n + output + o] = narrow(sums[t][o]);
         }

@@ -5,11 +5,11 @@
 
 enum { GROUP = 4 };  // of each: four places are read at a time
 
-// v[tokens, rows] = x[tokens, n] a[rows, n]ᵀ, with at most GROUP of both; constants where this is inlined. Asks for as much
-// at `next`, into the second cache.
+// v[tokens, rows] = x[tokens, n] a[rows, n]ᵀ, with at most GROUP of both; constants where this is inlined. Asks for as
+// much at `next`, into the second cache.
 static inline __attribute__((always_inline)) void dot(float *v, int64_t v_stride, const bfloat16 *x, int64_t x_stride,
-                                                      const bfloat16 *a, const bfloat16 *next, int64_t n, const int tokens,
-                                                      const int rows) {
+                                                      const bfloat16 *a, const bfloat16 *next, int64_t n,
+                                                      const int tokens, const int rows) {
     lanes sums[GROUP][GROUP] = {0};
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
