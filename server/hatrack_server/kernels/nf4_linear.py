@@ -41,9 +41,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x[…, in] to […, out], in the dtype of x."""
-        y = self._product(x.bfloat16().reshape(-1, self.in_features).contiguous())
-        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y.add_(self.bias)
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        y = self._product(tokens.bfloat16().contiguous()).to(x.dtype)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         """x[T, in] to [T, out], bfloat16.
