@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 
 from hatrack_client.cli import run as hatrack
+from hatrack_trainer.checkpoints import Checkpoints
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.errors import TrainerError, TrainingStopped, UsageError
 from hatrack_trainer.methods import methods
 from hatrack_trainer.run import TrainingResult, resume, train
-from hatrack_trainer.unfinished import claimed
+from hatrack_trainer.unfinished import claimed, read_beginning
 
 # PEFT takes what AdaLoRA has pruned to rank 0 for a shard that was not gathered.
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.s. have invalid shape")
@@ -43,6 +46,15 @@ KEYS: dict[str, dict[str, Any]] = {
 STEPS, CUT = 7, 5  # of 3 steps an epoch: the checkpoint of step 4 lies within the second
 
 
+PARTS = [
+    "optimizer.pt",
+    "rng_state.pth",
+    "run.json",
+    "scheduler.pt",
+    "sha256.json",
+    "trained.safetensors",
+    "trainer_state.json",
+]
 LINE = "goes on from it, with --learning-rate at another rate"
 
 
@@ -218,6 +230,30 @@ def test_an_interrupted_run_says_how_it_goes_on(checkpoint: Path, data: Path, tm
     assert said[-1] == f"interrupted; the checkpoint of step 2 is kept: `hatrack train resume {out}` {LINE}"
 
 
+def test_a_disk_that_takes_no_more_is_told_in_its_own_words(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """The optimizer's file is larger than the tensors': torch, which writes it, hides what the system says."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step: int, *_: Any) -> None:
+        if step == 3:
+            [size] = {file.stat().st_size for file in (tmp_path / "out").rglob("trained.safetensors")}
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    whole = train(configure(checkpoint, data, tmp_path / "whole"))
+    try:
+        with pytest.raises(TrainerError) as caught:
+            train(configure(checkpoint, data, tmp_path / "out"), on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out = tmp_path / "out"
+    assert str(caught.value) == (
+        f"output.dir: {out} can't be written: [Errno 27] File too large; "
+        f"the checkpoint of step 2 is kept: `hatrack train resume {out}` goes on from it"
+    )
+    assert checkpoints(out) == ["checkpoint-2"]
+    assert resume(out).digest == whole.digest
+
+
 class TestRefusals:
     @pytest.fixture
     def own(self, data: Path, tmp_path: Path) -> Path:
@@ -262,22 +298,39 @@ class TestRefusals:
         was, now = json.dumps(was), json.dumps(now)
         assert str(caught.value) == f"{section}.{key}: was {was} when the run began, and can't become {now}"
 
-    @pytest.mark.parametrize(
-        "name", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json"]
-    )
-    def test_a_checkpoint_that_was_cut(self, unfinished: Path, name: str) -> None:
-        file = unfinished / "training" / "checkpoints" / "checkpoint-2" / name
-        file.write_bytes(file.read_bytes()[:100])
+    def test_a_checkpoint_that_was_damaged(self, unfinished: Path) -> None:
+        checkpoint = unfinished / "training" / "checkpoints" / "checkpoint-2"
+        assert sorted(file.name for file in checkpoint.iterdir()) == PARTS
+        for file in checkpoint.iterdir():
+            before = file.read_bytes()
+            for damaged in (before[:100], b"", b"{}", None):
+                file.unlink()
+                if damaged is not None:
+                    file.write_bytes(damaged)
+                with pytest.raises(UsageError) as caught:
+                    resume(unfinished)
+                assert str(caught.value) == (
+                    f"{file}: is damaged; without checkpoint-2 the run goes on from the checkpoint before"
+                )
+                file.touch()
+            file.write_bytes(before)
+        assert resume(unfinished).steps == STEPS
+
+    @pytest.mark.parametrize("rows", [None, 1])
+    def test_tensors_of_another_adapter(self, unfinished: Path, rows: int | None) -> None:
+        checkpoint = unfinished / "training" / "checkpoints" / "checkpoint-2"
+        file = checkpoint / "trained.safetensors"
+        tensors = load_file(file)
+        name = next(iter(tensors))
+        cut = tensors.pop(name)[:rows].contiguous()
+        save_file(tensors | ({name: cut} if rows else {}), file)
+        (checkpoint / "sha256.json").unlink()
+        Checkpoints(read_beginning(unfinished)).seal(checkpoint)
         with pytest.raises(UsageError) as caught:
             resume(unfinished)
         assert str(caught.value) == (
             f"{file}: is damaged; without checkpoint-2 the run goes on from the checkpoint before"
         )
-
-    def test_a_checkpoint_that_lacks_a_part(self, unfinished: Path) -> None:
-        (unfinished / "training" / "checkpoints" / "checkpoint-2" / "optimizer.pt").unlink()
-        with pytest.raises(UsageError, match=r"optimizer\.pt: is damaged"):
-            resume(unfinished)
 
     def test_a_run_that_another_process_is_at(self, unfinished: Path) -> None:
         before = contents(unfinished)
@@ -288,7 +341,7 @@ class TestRefusals:
 
     def test_a_folder_that_takes_nothing_more(self, unfinished: Path) -> None:
         (unfinished / "training" / "run.partial").mkdir()
-        with pytest.raises(TrainerError, match=r"^output\.dir: .* can't be written: "):
+        with pytest.raises(UsageError, match=r"^output\.dir: .* can't be written: "):
             resume(unfinished)
 
 

@@ -35,7 +35,7 @@ PARTIAL = ".hatrack-partial-"
 def check_output_folder(folder: Path, option: str = "output.dir") -> None:
     """Raises UsageError, naming the option, if nothing can be written there: something is there, or the disk refuses.
 
-    Leaves no trace.
+    Leaves no trace; what a kill within has left is removed by the next call for the same `folder`.
     """
     target = folder.resolve()
     try:
@@ -47,7 +47,9 @@ def check_output_folder(folder: Path, option: str = "output.dir") -> None:
             raise UsageError(f"{option}: {folder} exists already; name a new folder")
         existing = next(parent for parent in target.parents if parent.exists())
         # Only trying tells: permissions say nothing of a disk that is read-only, nor to root.
-        tempfile.TemporaryDirectory(dir=existing, prefix=f".{target.name}").cleanup()
+        prefix = f".{target.name}{PARTIAL}"
+        _sweep(existing, prefix)
+        tempfile.TemporaryDirectory(dir=existing, prefix=prefix).cleanup()
     except OSError as error:
         raise UsageError(f"{option}: {folder} can't be made: {error.strerror}") from None
 
@@ -123,12 +125,12 @@ def _sweep(parent: Path, prefix: str) -> None:
 
 
 @contextmanager
-def writing(folder: Path, option: str) -> Iterator[None]:
-    """Raises TrainerError, naming the option, when what is done within can't write to `folder`."""
+def writing(folder: Path, option: str, kind: type[TrainerError] = TrainerError) -> Iterator[None]:
+    """Raises an error of a kind, naming the option, when what is done within can't write to `folder`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise TrainerError(f"{option}: {folder} can't be written: {error}") from None
+        raise kind(f"{option}: {folder} can't be written: {error}") from None
 
 
 @contextmanager

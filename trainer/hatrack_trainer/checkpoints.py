@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,27 +16,30 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
+from hatrack.manifest import file_sha256
 from hatrack_trainer.artifact import all_or_nothing, writing
-from hatrack_trainer.config import TrainConfig
-from hatrack_trainer.distributed import from_first, is_first, shards_base, shared_like, whole
-from hatrack_trainer.errors import NotFinite, TrainerError, UsageError
+from hatrack_trainer.distributed import from_first, is_first, shared_like, whole
+from hatrack_trainer.errors import NotFinite, TrainerError, TrainingStopped, UsageError
 from hatrack_trainer.log import best_step, log_entries, losses
 from hatrack_trainer.methods import Method
-from hatrack_trainer.unfinished import CHECKPOINTS, RECORD, RUN_FILE, Beginning, claimed, forget, is_unfinished
+from hatrack_trainer.unfinished import (
+    CHECKPOINTS,
+    RECORD,
+    RUN_FILE,
+    UNREADABLE,
+    Beginning,
+    claimed,
+    forget,
+    is_unfinished,
+)
 
 TENSORS = "trained.safetensors"
-READERS: dict[str, Callable[[Path], Any]] = {
-    TENSORS: load_file,
-    "optimizer.pt": lambda file: torch.load(file, weights_only=True),
-    "scheduler.pt": lambda file: torch.load(file, weights_only=True),
-    "trainer_state.json": lambda file: json.loads(file.read_text()),
-    RUN_FILE: lambda file: Beginning.from_json(file.read_text(), file.parent),
-}
-"""What a checkpoint must hold: transformers goes on without some of it, otherwise than before."""
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError)
+DIGESTS = "sha256.json"
+"""Of every file of a checkpoint: transformers goes on without some of them, otherwise than before."""
+PROBE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +64,15 @@ class Checkpoints:
         latest = self.latest
         if latest is None:
             return
-        for name, read in READERS.items():
-            file = latest / name
-            if shards_base() and file.suffix == ".pt":  # shares have other names
-                continue
-            try:
-                found = read(file)
-            except UNREADABLE:
-                raise UsageError(
-                    f"{file}: is damaged; without {latest.name} the run goes on from the checkpoint before"
-                ) from None
-            if isinstance(found, Beginning):
-                found.check_settings(self.beginning)
+        with _undamaged(latest, DIGESTS) as file:
+            digests = dict(json.loads(file.read_text()))
+        for name in digests or [DIGESTS]:
+            with _undamaged(latest, name) as file:
+                if file_sha256(file) != digests[name]:
+                    raise ValueError("changed")
+        with _undamaged(latest, RUN_FILE) as file:
+            began = Beginning.from_json(file.read_text(), latest)
+        began.check_settings(self.beginning)
 
     def of(self, step: int) -> Path:
         """The one after a step."""
@@ -88,18 +88,27 @@ class Checkpoints:
         if not is_unfinished(output):
             with all_or_nothing(output, "output.dir") as partial:
                 yield partial / RECORD / CHECKPOINTS
-                for folder in (partial / RECORD, partial / RECORD / CHECKPOINTS / self.of(step).name):
-                    (folder / RUN_FILE).write_text(self.beginning.to_json())
+                (partial / RECORD / RUN_FILE).write_text(self.beginning.to_json())
+                self.seal(partial / RECORD / CHECKPOINTS / self.of(step).name)
                 _sync(partial / RECORD)
             return
         with writing(output, "output.dir"):
             partial = self.folder / ".partial"
             shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
-            yield partial
-            (partial / self.of(step).name / RUN_FILE).write_text(self.beginning.to_json())
-            _sync(partial)
-            (partial / self.of(step).name).rename(self.of(step))
-            partial.rmdir()
+            try:
+                yield partial
+                self.seal(partial / self.of(step).name)
+                _sync(partial)
+                (partial / self.of(step).name).rename(self.of(step))
+            finally:  # of a disk that is full, even the run that goes on needs some room
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def seal(self, checkpoint: Path) -> None:
+        """Adds to a checkpoint how the run began, and by what damage is found."""
+        (checkpoint / RUN_FILE).write_text(self.beginning.to_json())
+        files = [file for file in checkpoint.rglob("*") if file.is_file()]
+        digests = {str(file.relative_to(checkpoint)): file_sha256(file) for file in files}
+        (checkpoint / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
 
     def rotate(self, best: int | None) -> None:
         """Removes the oldest beyond how many are wanted, but not the newest, nor that of the step `best`."""
@@ -112,14 +121,17 @@ class Checkpoints:
         if self.folder.exists() and self.latest is None:
             forget(self.beginning.config.output.dir)
 
-    def way_on(self) -> list[str]:
-        """A sentence for the user whose run has stopped; none before the first checkpoint."""
+    def way_on(self, *, slower: bool) -> list[str]:
+        """A sentence for the user whose run has stopped; none before the first checkpoint.
+
+        `slower`: whether another learning rate may be of use.
+        """
         if self.latest is None:
             return []
         command = f"hatrack train resume {self.beginning.config.output.dir}"
         step = self.latest.name.rpartition("-")[2]
-        kept = f"the checkpoint of step {step} is kept"
-        return [f"{kept}: `{command}` goes on from it, with --learning-rate at another rate"]
+        rate = ", with --learning-rate at another rate" if slower else ""
+        return [f"the checkpoint of step {step} is kept: `{command}` goes on from it{rate}"]
 
 
 class Resumable(Trainer):
@@ -136,10 +148,14 @@ class Resumable(Trainer):
     _claimed = False
 
     def load_tensors(self, checkpoint: Path) -> None:
-        """Puts what is trained, and what its method goes by, back to what it was."""
-        tensors = load_file(checkpoint / TENSORS)
+        """Puts what is trained, and what its method goes by, back to what it was; raises UsageError if damaged."""
+        trained = self._trained()
+        with _undamaged(checkpoint, TENSORS) as file:
+            tensors = load_file(file)
+            if any(tensors[name].shape != parameter.shape for name, parameter in trained.items()):
+                raise ValueError("other shapes, which would be broadcast")
         with torch.no_grad():
-            for name, parameter in self._trained().items():
+            for name, parameter in trained.items():
                 parameter.copy_(shared_like(tensors.pop(name), parameter))
         self.method.load_state(self.model, tensors)
 
@@ -155,12 +171,15 @@ class Resumable(Trainer):
     def _telling(self, say: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
+        except UsageError:  # the user has to do something else first
+            raise
         except TrainerError as error:
             if isinstance(error, NotFinite) and is_first():
                 self.checkpoints.drop(self.state.global_step - 1)
-            raise type(error)("; ".join([str(error), *self.checkpoints.way_on()])) from None
+            way_on = self.checkpoints.way_on(slower=isinstance(error, TrainingStopped))
+            raise type(error)("; ".join([str(error), *way_on])) from None
         except KeyboardInterrupt:
-            for sentence in self.checkpoints.way_on():
+            for sentence in self.checkpoints.way_on(slower=True):
                 say(f"interrupted; {sentence}")
             raise
 
@@ -194,7 +213,8 @@ class Resumable(Trainer):
             self.args.output_dir = str(folder)
             try:
                 Trainer._save_checkpoint(self, model, trial)  # TRL's own writes a model card, too
-            except RuntimeError as error:  # torch's of a full disk
+            except RuntimeError as error:  # torch's of a full disk, which hides the system's
+                _check_disk(folder)
                 raise OSError(str(error).splitlines()[0]) from None
             self.accelerator.wait_for_everyone()
         self._claim()
@@ -218,50 +238,22 @@ class Resumable(Trainer):
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
-class Rate(TrainerCallback):
-    """Gives a run that goes on its own learning rate: the optimizer and the schedule come with their checkpoint's."""
-
-    def on_train_begin(
-        self, args: Any, _state: Any, _control: Any, *, optimizer: Any, lr_scheduler: Any, **_: Any
-    ) -> None:
-        """Called by the trainer, after it has loaded both."""
-        initial, step = args.learning_rate, lr_scheduler.last_epoch
-        lr_scheduler.base_lrs = [initial] * len(optimizer.param_groups)
-        lr_scheduler._last_lr = [initial * factor(step) for factor in lr_scheduler.lr_lambdas]
-        for group, rate in zip(optimizer.param_groups, lr_scheduler._last_lr, strict=True):
-            group.update(initial_lr=initial, lr=rate)
+@contextmanager
+def _undamaged(checkpoint: Path, name: str) -> Iterator[Path]:
+    """A file of a checkpoint; raises UsageError when what is done within can't read it, or finds it changed."""
+    file = checkpoint / name
+    try:
+        yield file
+    except (OSError, SafetensorError, *UNREADABLE):
+        raise UsageError(
+            f"{file}: is damaged; without {checkpoint.name} the run goes on from the checkpoint before"
+        ) from None
 
 
-class Schedule(TrainerCallback):
-    """When a run evaluates, writes a checkpoint, and stops early.
-
-    All is told from the log, which checkpoints keep; of the last step there is none, for the artifact follows it.
-    """
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._every = config.output.checkpoint_every
-        self._eval = config.eval
-
-    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the trainer."""
-        step, last = state.global_step, state.global_step >= state.max_steps
-        control.should_save = not last and _divides(self._every, step)
-        control.should_evaluate = _divides(self._eval.every, step) or (last and self._eval.every is not None)
-
-    def on_evaluate(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the trainer, also where it evaluates once after all steps."""
-        if self._eval.every is None or state.global_step >= state.max_steps:
-            return
-        found = losses(log_entries(state.log_history), "eval_loss")
-        since_best = sum(step > (best_step(log_entries(state.log_history)) or 0) for step, _ in found)
-        if since_best == 0:
-            control.should_save = True
-        elif since_best == self._eval.patience:
-            control.should_training_stop, control.should_save = True, False
-
-
-def _divides(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
+def _check_disk(folder: Path) -> None:
+    """Raises the system's own OSError if a file in there can't grow: only trying tells of quotas, too."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(PROBE_BYTES))
 
 
 def _sync(folder: Path) -> None:

@@ -64,7 +64,7 @@ class TrainSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0, le=10**9)
     weight_decay: Real = Field(default=0.0, ge=0, le=100)
-    max_grad_norm: Real = Field(default=1.0, gt=0)
+    max_grad_norm: Real = Field(default=1.0, ge=1e-6)
     optimizer: Optimizer = "paged_adamw_32bit"
     """Paged: states move to host memory when the device is full (QLoRA, Dettmers et al. 2023); unpaged on the CPU. Lion
     (Chen et al. 2023, arXiv:2302.06675) wants a third to a tenth of AdamW's learning rate."""

@@ -115,7 +115,7 @@ def _run(
         say(fallback)
     _check_memory(config, checkpoint, data.train, say)
     if began is not None:
-        with writing(config.output.dir, "output.dir"):
+        with writing(config.output.dir, "output.dir", UsageError):
             from_first(lambda: write_beginning(beginning))
     make = make_pair_trainer if data.train.pairs else make_trainer
     trainer = load_trainer(

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from hatrack_server.model.load import prepare_for_training
-from hatrack_trainer.checkpoints import Rate, Resumable, Schedule
+from hatrack_trainer.checkpoints import Resumable
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.data import Example
 from hatrack_trainer.distributed import found_by_any, own_share, prepare_sharding
@@ -29,6 +29,7 @@ from hatrack_trainer.methods import Method
 from hatrack_trainer.objective import learning_rate
 from hatrack_trainer.optimizers import runnable
 from hatrack_trainer.packing import PackedCollator, check_documents_apart, pack
+from hatrack_trainer.schedule import Rate, Schedule
 from hatrack_trainer.wording import some
 
 OnStep = Callable[[int, int, float], None]

@@ -20,6 +20,8 @@ from hatrack_trainer.errors import UsageError
 RECORD = "training"  # the folder of all that is no part of the artifact
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
+UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)
+"""What comes of JSON that is none, or holds something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +35,21 @@ class Beginning:
     def to_json(self) -> str:
         """The file's text; paths in it are absolute."""
         config = self.config.model_dump(mode="json")
-        config["data"] |= {key: str(file.absolute()) for key, file in data_files(self.config.data).items()}
+        for name, section in self.config:
+            config[name] |= {key: str(value.absolute()) for key, value in section if isinstance(value, Path)}
         if Path(self.config.base.model).is_dir():
             config["base"]["model"] = str(Path(self.config.base.model).absolute())
         return json.dumps({"config": config, "base": asdict(self.base), "data": self.data}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, folder: Path) -> Beginning:
-        """Of the run in `folder`, which may have been moved. Raises ValueError, KeyError or TypeError."""
+        """Of the run in `folder`, which may have been moved. Raises one of UNREADABLE."""
         raw: dict[str, Any] = json.loads(text)
         raw["config"]["output"]["dir"] = str(folder)
-        return cls(TrainConfig.model_validate(raw["config"]), BaseIdentity(**raw["base"]), dict(raw["data"]))
+        config, data = TrainConfig.model_validate(raw["config"]), dict(raw["data"])
+        if data.keys() != data_files(config.data).keys():
+            raise ValueError("data: must name the files of config.data, and no others")
+        return cls(config, BaseIdentity(**raw["base"]), data)
 
     def at_rate(self, learning_rate: float) -> Beginning:
         """As if it had begun with another learning rate. Raises UsageError for one that is none."""
@@ -105,7 +111,7 @@ def read_beginning(folder: Path) -> Beginning:
         if _is_finished(folder):
             raise UsageError(f"{folder}: the run is finished") from None
         raise UsageError(f"{folder}: holds no unfinished run; `hatrack train run` begins one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *UNREADABLE) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{file}: can't be read: {reason}") from None
     if _is_finished(folder):

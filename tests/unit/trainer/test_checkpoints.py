@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from transformers import Trainer, TrainerControl, TrainerState
 
 from hatrack.manifest import BaseIdentity
 from hatrack_trainer.artifact import finishing
-from hatrack_trainer.checkpoints import Checkpoints, Resumable, Schedule
+from hatrack_trainer.checkpoints import Checkpoints, Resumable
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.errors import TrainerError, UsageError
+from hatrack_trainer.schedule import Schedule
 from hatrack_trainer.unfinished import Beginning, is_unfinished, read_beginning, write_beginning
 
 BASE = BaseIdentity("0" * 64, "none", "1" * 64, "")
@@ -64,7 +66,7 @@ class TestCheckpoints:
         add(own, 5)
         with pytest.raises(TrainerError, match=r"^output\.dir: .*out can't be written: full$"):
             add(own, 10, OSError("full"))
-        assert own.latest == own.of(5)
+        assert names(own) == ["checkpoint-5"]
         add(own, 10)
         assert names(own) == ["checkpoint-10", "checkpoint-5"]
 
@@ -138,13 +140,17 @@ class TestCheckpoints:
 class TestBeginning:
     def test_it_is_read_as_it_was_but_for_relative_paths(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        own = beginning(Path("out"), train={"learning_rate": 0.1 + 0.2}, adapter={"method": "ia3"})
+        train = {"learning_rate": 0.1 + 0.2, "logging_dir": "events"}
+        registration = {"name": "one", "tls_ca": "ca.pem"}
+        own = beginning(Path("out"), train=train, adapter={"method": "ia3"}, registration=registration)
         add(Checkpoints(own), 1)
         Path("out").rename("moved")
         read = read_beginning(Path("moved"))
         assert read.config.output.dir == Path("moved")
         assert read.config.data.train == tmp_path / "rows.jsonl"
-        assert read.config.train == own.config.train
+        assert read.config.train.logging_dir == tmp_path / "events"
+        assert read.config.registration.tls_ca == tmp_path / "ca.pem"
+        assert read.config.train.learning_rate == own.config.train.learning_rate
         assert read.config.adapter == own.config.adapter
         assert read.config.base == own.config.base
         read.check_same(own)
@@ -172,10 +178,22 @@ class TestBeginning:
         with pytest.raises(UsageError, match=r"^--learning-rate: must be a positive number$"):
             beginning(tmp_path).at_rate(rate)
 
-    def test_a_file_that_is_broken(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("text", "reason"), [("{", "Expecting property name"), ("[" * 10**6, "maximum recursion depth exceeded")]
+    )
+    def test_a_file_that_is_broken(self, tmp_path: Path, text: str, reason: str) -> None:
         (tmp_path / "training").mkdir()
-        (tmp_path / "training" / "run.json").write_text("{")
-        with pytest.raises(UsageError, match=r"training/run\.json: can't be read: Expecting property name"):
+        (tmp_path / "training" / "run.json").write_text(text)
+        with pytest.raises(UsageError, match=rf"training/run\.json: can't be read: {reason}"):
+            read_beginning(tmp_path)
+
+    @pytest.mark.parametrize("change", [{"stray": "4" * 64}, {"eval": None}])
+    def test_other_files_than_the_configuration_names(self, tmp_path: Path, change: dict[str, str | None]) -> None:
+        raw = json.loads(beginning(tmp_path).to_json())
+        raw["data"] = {key: digest for key, digest in (raw["data"] | change).items() if digest}
+        (tmp_path / "training").mkdir()
+        (tmp_path / "training" / "run.json").write_text(json.dumps(raw))
+        with pytest.raises(UsageError, match=r"training/run\.json: can't be read: data: must name the files of config"):
             read_beginning(tmp_path)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ class TestOutputFolder:
         before = sorted(tmp_path.rglob("*"))
         check_output_folder(tmp_path / name)
         assert sorted(tmp_path.rglob("*")) == before
+
+    @pytest.mark.parametrize("name", ["new", "deep/new"])
+    def test_what_a_kill_has_left_is_removed_by_the_next_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        with monkeypatch.context() as killed:
+            killed.setattr(tempfile.TemporaryDirectory, "cleanup", lambda self: self._finalizer.detach())
+            check_output_folder(tmp_path / name)
+        [left] = tmp_path.iterdir()
+        assert left.name.startswith(".new")
+        check_output_folder(tmp_path / name)
+        assert not any(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
         ("name", "reason"),

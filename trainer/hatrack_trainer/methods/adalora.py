@@ -33,7 +33,7 @@ class AdaLora(Targeted):
     initial_rank: int = Field(default=12, ge=1)
     """Every layer's at first."""
     alpha: int = Field(default=32, ge=1)
-    dropout: Real = Field(default=0.0, ge=0, lt=1)
+    dropout: Real = Field(default=0.0, ge=0, le=0.9)
     prune_from: Real = Field(default=0.1, ge=0, lt=1)
     """The share of the steps after which pruning begins …"""
     prune_until: Real = Field(default=0.7, gt=0, le=1)

@@ -28,7 +28,7 @@ class LowRank(Targeted):
     alpha: int = Field(default=32, ge=1)
     rslora: bool = False
     """Scale by alpha/√rank instead, so that high ranks learn as fast as low ones."""
-    dropout: Real = Field(default=0.0, ge=0, lt=1)
+    dropout: Real = Field(default=0.0, ge=0, le=0.9)
 
     def peft_config(self) -> PeftConfig:
         """See Method."""

@@ -23,7 +23,7 @@ class Lycoris(Targeted):
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=8, ge=1)
     """The change is scaled by alpha/rank."""
-    rank_dropout: Real = Field(default=0.0, ge=0, lt=1)
+    rank_dropout: Real = Field(default=0.0, ge=0, le=0.9)
     """Which share of the change's rows is left out, others in each step."""
 
 

@@ -25,7 +25,7 @@ class Vera(Targeted):
 
     rank: int = Field(default=256, ge=1)
     """Costs few parameters, so higher than LoRA's; a server's `--max-rank` (256) bounds it."""
-    dropout: Real = Field(default=0.0, ge=0, lt=1)
+    dropout: Real = Field(default=0.0, ge=0, le=0.9)
     initial_scale: Real = Field(default=0.1, gt=0)
     """What λ_d begins at; λ_b begins at 0."""
 
