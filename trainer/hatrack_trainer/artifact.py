@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from os.path import islink, realpath
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def check_output_folder(folder: Path, option: str = "output.dir") -> None:
 
     Leaves no trace; what a kill within has left is removed by the next call for the same `folder`.
     """
-    target = folder.resolve()
+    target = resolved(folder, option)
     try:
         if is_unfinished(target):
             raise UsageError(
@@ -52,6 +53,32 @@ def check_output_folder(folder: Path, option: str = "output.dir") -> None:
         tempfile.TemporaryDirectory(dir=existing, prefix=prefix).cleanup()
     except OSError as error:
         raise UsageError(f"{option}: {folder} can't be made: {error.strerror}") from None
+
+
+def check_logging_folder(folder: Path, option: str = "train.logging_dir") -> None:
+    """Raises UsageError, naming the option, if files can't be written to a folder, which may be there. No trace."""
+    target = resolved(folder, option)
+    try:
+        existing = next(path for path in (target, *target.parents) if path.exists())
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        raise UsageError(f"{option}: {folder} can't be written to: {error.strerror}") from None
+
+
+def check_temporary_folder() -> None:
+    """Raises UsageError when there is no room for temporary files, of which the libraries want some. No trace."""
+    try:
+        tempfile.TemporaryDirectory().cleanup()
+    except OSError as error:
+        raise UsageError(f"TMPDIR: no temporary folder can be made: {error.strerror}") from None
+
+
+def resolved(folder: Path, option: str) -> Path:
+    """The folder that links lead to. Raises UsageError, naming the option, where they lead in a circle."""
+    target = Path(realpath(folder))
+    if any(map(islink, (target, *target.parents))):  # realpath leaves what it can't follow
+        raise UsageError(f"{option}: {folder} is made of links that lead in a circle")
+    return target
 
 
 def write_artifact(

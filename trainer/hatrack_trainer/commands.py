@@ -19,6 +19,7 @@ from hatrack_trainer.data.problems import InvalidData
 from hatrack_trainer.distributed import is_first, one_voice
 from hatrack_trainer.errors import TrainerError, UsageError
 from hatrack_trainer.progress import progress_bar
+from hatrack_trainer.wording import printable
 
 if TYPE_CHECKING:
     from hatrack_trainer.config import TrainConfig
@@ -145,13 +146,14 @@ def _follow(train_adapter: Callable[..., TrainingResult], console: Console, regi
             on_step=lambda step, total, loss: bar.update(
                 task, completed=step, total=total, visible=True, description=f"training, loss {loss:.3f}"
             ),
-            say=lambda sentence: console.print(sentence, markup=False, highlight=False, soft_wrap=True),
+            say=lambda sentence: console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True),
             check_base=registration and registration.check_base,
         )
     if not is_first():
         return
     held_out = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
-    typer.echo(f"{result.folder}: {result.steps} steps, loss {result.loss:.4f}{held_out}, digest {result.digest}")
+    figures = f"{result.steps} steps, loss {result.loss:.4f}{held_out}, digest {result.digest}"
+    typer.echo(f"{printable(str(result.folder))}: {figures}")
     if registration is not None:
         _push(registration, result.folder)
 
@@ -201,5 +203,5 @@ def reporting_errors() -> Iterator[None]:
 
 
 def _exit(sentence: str, code: int) -> typer.Exit:
-    typer.echo(f"hatrack: {' '.join(sentence.split())}", err=True)
+    typer.echo(f"hatrack: {printable(' '.join(sentence.split()))}", err=True)
     return typer.Exit(code)

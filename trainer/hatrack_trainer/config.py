@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from os.path import realpath
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
@@ -9,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, mod
 from hatrack.names import NAME_RULE, is_adapter_name
 from hatrack_trainer.methods import Method, read_method
 from hatrack_trainer.methods.lora import Lora
-from hatrack_trainer.section import FilePath, PositiveReal, Real, Section
+from hatrack_trainer.section import FilePath, PositiveReal, Real, Section, Steps
 
 
 def _adapter_name(text: str) -> str:
@@ -38,7 +40,7 @@ class DataSection(Section):
     loss: Literal["completion", "assistant"] = "completion"
     """What is learned of a chat: its last turn, or every one of the assistant's. Of other rows it is the completion, or
     all of a text."""
-    max_length: int = Field(default=1024, ge=2)
+    max_length: int = Field(default=1024, ge=2, le=10**7)
     """A row's tokens, prompt and completion together; what is beyond is cut off."""
 
 
@@ -89,10 +91,10 @@ class TrainSection(Section):
 class EvalSection(Section):
     """When the loss of the held-out rows is taken."""
 
-    every: Annotated[int, Field(ge=1)] | None = None
+    every: Steps | None = None
     """Optimizer steps between two; the adapter with the lowest loss is what is written. Absent: once, after the last
     step."""
-    patience: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """The run stops early after so many in a row without a lower loss; absent: it never does."""
 
 
@@ -101,9 +103,9 @@ class OutputSection(Section):
 
     dir: FilePath
     """Must not exist yet, or be empty."""
-    checkpoint_every: Annotated[int, Field(ge=1)] | None = 500
+    checkpoint_every: Steps | None = 500
     """Optimizer steps between two checkpoints, from which `hatrack train resume` goes on; null: none."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=10**9)
     """The newest, and the best where `eval.every` looks for it; a finished run keeps none."""
 
 
@@ -142,7 +144,8 @@ class TrainConfig(Section):
         if "tensorboard" in self.train.trackers and self.train.logging_dir is None:
             raise ValueError("train.logging_dir: missing; tensorboard, in train.trackers, writes its files there")
         events = self.train.logging_dir
-        if events is not None and events.resolve().is_relative_to(self.output.dir.resolve()):
+        # Not Path.resolve, to which a link that leads to itself is an error.
+        if events is not None and Path(realpath(events)).is_relative_to(realpath(self.output.dir)):
             raise ValueError("train.logging_dir: must lie outside output.dir, which is written as a whole")
         if self.train.max_steps is not None and self.train.warmup_steps >= self.train.max_steps:
             raise ValueError("train.warmup_steps: must be less than train.max_steps")

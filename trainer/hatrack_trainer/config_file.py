@@ -13,9 +13,12 @@ from pydantic import BaseModel, ValidationError
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.errors import ConfigError
 from hatrack_trainer.methods import method_of, methods
+from hatrack_trainer.wording import shortened
 
 METHOD_KEY = ("adapter", "method")
 SET = "--set"
+SHOWN = 80
+"""Characters of a key or a value that are shown."""
 
 Sections = dict[str, Any]
 Key = tuple[int | str, ...]
@@ -45,10 +48,9 @@ def _read(path: Path) -> Sections:
         raise ConfigError(f"{path}: can't be read: {error}") from None
     try:
         raw = _parse(text)
-    except _GivenTwice as error:
-        raise ConfigError(f"{path}:{error.line}: {error.key}: is given twice, first on line {error.first}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except _WrongYaml as error:
+        place = path if error.line is None else f"{path}:{error.line}"
+        raise ConfigError(f"{place}: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold the sections {', '.join(TrainConfig.model_fields)}")
     # A section whose keys are all commented out is null to YAML.
@@ -60,27 +62,27 @@ def _change(sections: Sections, change: str) -> Key:
     name, equals, text = change.partition("=")
     section, _, key = name.partition(".")
     if not (equals and section.isidentifier() and key.isidentifier()):
-        raise ConfigError(f"{SET} {change}: must be SECTION.KEY=VALUE, as in train.epochs=3")
+        raise ConfigError(f"{SET} {shortened(change, SHOWN)}: must be SECTION.KEY=VALUE, as in train.epochs=3")
     try:
         value = _parse(text)
-    except ValueError as error:
-        raise ConfigError(f"{SET} {name}: not YAML: {error}") from None
+    except _WrongYaml as error:
+        raise ConfigError(f"{SET} {name}: {error}") from None
     before = sections.get(section, {})
     if isinstance(before, dict):
         sections[section] = {**before, key: value}
     return section, key
 
 
-class _GivenTwice(ValueError):
-    """A key of a mapping: PyYAML would take the last of its values."""
+class _WrongYaml(Exception):
+    """What a text can't be read for, and on which of its lines, if that is known."""
 
-    def __init__(self, key: str, line: int, first: int) -> None:
-        super().__init__(f"{key} is given twice")
-        self.key, self.line, self.first = key, line, first
+    def __init__(self, what: str, line: int | None = None) -> None:
+        super().__init__(what)
+        self.line = line
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, but that no key may be given twice."""
+    """PyYAML's, but that no key may be given twice, where it would take the last, and that all errors have a line."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Called by PyYAML."""
@@ -90,19 +92,34 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode):
                 if key.value in lines:
-                    raise _GivenTwice(key.value, line, lines[key.value])
+                    key_name = shortened(key.value, SHOWN)
+                    raise _WrongYaml(f"{key_name}: is given twice, first on line {lines[key.value]}", line)
                 lines[key.value] = line
         return node
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Called by PyYAML, which lets through what its parsers of dates, numbers and truth values raise."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            what = f"not YAML: {shortened(str(node.value), SHOWN)!r} is no {kind}"
+            raise _WrongYaml(what, node.start_mark.line + 1) from None
+
 
 def _parse(text: str) -> Any:
-    """Raises ValueError, in one line; PyYAML lets through what dates, integers and deep nesting raise."""
+    """Raises _WrongYaml."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
-    except _GivenTwice:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    except yaml.MarkedYAMLError as error:
+        what = ", ".join(filter(None, (error.context, error.problem)))
+        mark = error.problem_mark
+        raise _WrongYaml(f"not YAML: {what}", None if mark is None else mark.line + 1) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _WrongYaml(f"not YAML: {chr(error.character)!r}: {error.reason}", line) from None
+    except RecursionError:
+        raise _WrongYaml("not YAML: nested too deeply") from None
 
 
 def _is_of(location: Key, changed: set[Key], sentence: str) -> bool:
@@ -119,7 +136,7 @@ def _urgency(error: Any) -> tuple[bool, bool]:
 
 def _sentence(error: Any, sections: Sections) -> str:
     location = [str(part) for part in error["loc"][:2]]  # beyond section and key it names pydantic's union members
-    key = ".".join(location)
+    key = ".".join(shortened(part, SHOWN) for part in location)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _known_keys(location[:-1], sections), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")

@@ -25,7 +25,7 @@ import hatrack_trainer.tuners.partial  # noqa: F401 - PEFT then knows PARTIAL
 from hatrack.manifest import WEIGHTS_FILE, BaseIdentity
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.load import load_base, read_config
-from hatrack_trainer.artifact import all_or_nothing, check_output_folder, public_name
+from hatrack_trainer.artifact import all_or_nothing, check_output_folder, public_name, resolved
 from hatrack_trainer.base import find_base
 from hatrack_trainer.errors import UsageError
 from hatrack_trainer.mergeable import MergeableAdapter, read_adapter
@@ -100,9 +100,10 @@ def merge(
 
 
 def _check_out(out: Path, adapter: Path, base: str) -> None:
-    if out.resolve().is_relative_to(adapter.resolve()):
+    target = resolved(out, "--out")
+    if target.is_relative_to(adapter.resolve()):
         raise UsageError(f"--out: {out} is in the adapter's folder, where nothing is ever written")
-    if Path(base).is_dir() and out.resolve().is_relative_to(Path(base).resolve()):
+    if Path(base).is_dir() and target.is_relative_to(Path(base).resolve()):
         raise UsageError(f"--out: {out} is in the base's folder, where nothing is ever written")
     check_output_folder(out, "--out")
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from hatrack_trainer.commands import check_base_option, reporting_errors
+from hatrack_trainer.wording import printable
 
 INTO = (
     "dequantized: the NF4 weights that QLoRA adapters learn and are served on; answers are the server's to a rounding. "
@@ -39,4 +40,5 @@ def merge(
             say=lambda doubt: typer.echo(f"hatrack: warning: {doubt}", err=True),
         )
         adapter = merged.adapter
-        typer.echo(f"{out}: {adapter.method} adapter {adapter.digest} merged into {merged.base}: {MEANING[into]}")
+        done = f"{out}: {adapter.method} adapter {adapter.digest} merged into {merged.base}: {MEANING[into]}"
+        typer.echo(printable(done))

@@ -14,7 +14,13 @@ from transformers import AutoTokenizer, Trainer
 from hatrack.manifest import BaseIdentity
 from hatrack_server.model.checkpoint import identify
 from hatrack_server.model.load import load_base, read_config
-from hatrack_trainer.artifact import check_output_folder, write_artifact, writing
+from hatrack_trainer.artifact import (
+    check_logging_folder,
+    check_output_folder,
+    check_temporary_folder,
+    write_artifact,
+    writing,
+)
 from hatrack_trainer.base import find_base
 from hatrack_trainer.checkpoints import Checkpoints, Resumable
 from hatrack_trainer.config import TrainConfig
@@ -96,6 +102,9 @@ def _run(
     check_base: Callable[[BaseIdentity], None] | None,
 ) -> TrainingResult:
     check_trackers(config.train.trackers)
+    if config.train.logging_dir is not None:
+        check_logging_folder(config.train.logging_dir)
+    check_temporary_folder()
     for file in filter(None, (config.data.train, config.data.eval)):
         check_data_file(file)
     checkpoint = find_base(config.base.model)

@@ -25,6 +25,11 @@ FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_path)]
 Real = Annotated[float, Field(strict=False, allow_inf_nan=False), BeforeValidator(_no_truth_value)]
 PositiveReal = Annotated[float, Field(strict=False, allow_inf_nan=False, gt=0), BeforeValidator(_no_truth_value)]
 """For what may be absent, too: a bound beside `Real | None` would be none of the number's."""
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+"""Above any that pays off: the width of a base of 7 B parameters."""
+Alpha = Annotated[int, Field(ge=1, le=10**6)]
+VirtualTokenCount = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class Section(BaseModel):

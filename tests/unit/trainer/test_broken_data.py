@@ -17,6 +17,7 @@ EOS = 257
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 ASK = '{"role": "user", "content": "a"}'
 ANSWER = '{"role": "assistant", "content": "b"}'
+ENDLESS = "k" * 40 + " … " + "k" * 40
 
 
 def chat(*messages: str) -> str:
@@ -50,6 +51,14 @@ BROKEN: dict[str, tuple[str | bytes, list[str]]] = {
     "unknown keys": (
         '{"question": "a", "answer": "b"}',
         [':1: has "question", "answer": no format that is known'],
+    ),
+    "an endless key": (
+        json.dumps({"k" * 3_000_000: 1}),
+        [f':1: has "{ENDLESS}": no format that is known'],
+    ),
+    "keys without end": (
+        json.dumps(dict.fromkeys(map(str, range(100_000)))),
+        [":1: has " + ", ".join(f'"{key}"' for key in range(20)) + " and 99980 more: no format that is known"],
     ),
     "no keys": ("{}", [":1: has no keys: no format that is known"]),
     "two formats in a file": (
@@ -91,6 +100,10 @@ BROKEN: dict[str, tuple[str | bytes, list[str]]] = {
     "an unknown role": (
         chat('{"role": "critic", "content": "a"}', ANSWER),
         [':1: messages[0].role: "critic" is none of system, developer, user, assistant, tool'],
+    ),
+    "an endless role": (
+        chat(json.dumps({"role": "k" * 2_000_000, "content": "a"}), ANSWER),
+        [f':1: messages[0].role: "{ENDLESS}" is none of system, developer, user, assistant, tool'],
     ),
     "a misspelt key of a message": (
         chat('{"role": "user", "contents": "a"}', ANSWER),
@@ -156,6 +169,14 @@ def test_no_line_of_a_list_is_broken_by_what_a_row_holds(tiny_llama: Path, tmp_p
     file = tmp_path / "rows.jsonl"
     file.write_text(r'{"a\nb": 1, "\ud83d": 2}')
     assert str(problems(tiny_llama, file)) == rf'{file}:1: has "a\nb", "\ud83d": no format that is known'
+
+
+def test_no_line_of_a_list_is_broken_by_a_files_name(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a\n\x1b[31m\u202eb.jsonl"
+    file.write_text("[]\n" + GOOD)
+    assert str(problems(tiny_llama, file)) == (
+        rf"{tmp_path}/a\u000a\u001b[31m\u202eb.jsonl:1: must be a JSON object, not an array"
+    )
 
 
 @pytest.mark.parametrize("command", ["validate", "run"])

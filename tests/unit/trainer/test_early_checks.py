@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from hatrack_client.cli import run as hatrack
 from hatrack_server.model.load import load_base
-from hatrack_trainer.artifact import check_output_folder
+from hatrack_trainer.artifact import check_logging_folder, check_output_folder, check_temporary_folder
+from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.errors import UsageError
 from hatrack_trainer.targets import check_targets
 
@@ -69,9 +71,66 @@ class TestOutputFolder:
             ("file/new", "can't be made: Not a directory"),
             ("x" * 300, "can't be made: File name too long"),
             ("/proc/new", "can't be made: "),
+            ("circle", "is made of links that lead in a circle"),
+            ("circle/new", "is made of links that lead in a circle"),
         ],
     )
     def test_no_room(self, tmp_path: Path, name: str, reason: str) -> None:
         (tmp_path / "file").touch()
+        (tmp_path / "circle").symlink_to("circle")
         with pytest.raises(UsageError, match=f"^output.dir: .*{reason}"):
             check_output_folder(tmp_path / name)
+
+
+class TestLoggingFolder:
+    @pytest.mark.parametrize("name", ["new", "deep/new", "."])
+    def test_room_for_events(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "of another run").touch()
+        check_logging_folder(tmp_path / name)
+        assert [path.name for path in tmp_path.iterdir()] == ["of another run"]
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("file", "can't be written to: Not a directory"),
+            ("file/new", "can't be written to: Not a directory"),
+            ("x" * 300, "can't be written to: File name too long"),
+            ("/proc/new", "can't be written to: "),
+            ("circle", "is made of links that lead in a circle"),
+        ],
+    )
+    def test_no_room(self, tmp_path: Path, name: str, reason: str) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "circle").symlink_to("circle")
+        with pytest.raises(UsageError, match=rf"^train\.logging_dir: .*{reason}"):
+            check_logging_folder(tmp_path / name)
+
+    def test_is_checked_before_the_base(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = tmp_path / "train.yaml"
+        config.write_text(
+            f"base: {{model: {tmp_path}/absent}}\ndata: {{train: rows.jsonl}}\noutput: {{dir: {tmp_path}/out}}\n"
+            f"train: {{logging_dir: {config}}}\n"
+        )
+        assert hatrack(["train", "run", str(config)]) == 2
+        assert capsys.readouterr().err.endswith(
+            f"hatrack: train.logging_dir: {config} can't be written to: Not a directory\n"
+        )
+
+
+def test_no_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(UsageError, match=r"^TMPDIR: no temporary folder can be made: No such file or directory$"):
+        check_temporary_folder()
+
+
+def test_links_in_a_circle_are_no_output_folder_beside_events(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    for output, events in (("circle", "events"), ("out", "circle")):
+        TrainConfig.model_validate(
+            {
+                "base": {"model": "base"},
+                "data": {"train": "rows.jsonl"},
+                "output": {"dir": tmp_path / output},
+                "train": {"logging_dir": tmp_path / events},
+            }
+        )

@@ -247,6 +247,26 @@ class TestFit:
         config = changed(self.CONFIG, {"base.quantization": "none"})
         assert fitting(config, lambda config: cost(config) <= 2000)[0]["base.quantization"] == "nf4"
 
+    @pytest.mark.parametrize(
+        ("section", "advice"),
+        [
+            ({"rank": 4096}, "adapter.rank=512"),
+            (
+                {"method": "adalora", "rank": 2048, "initial_rank": 4095},
+                "adapter.rank=256 and adapter.initial_rank=511",
+            ),
+            ({"method": "prompt_tuning", "tokens": 4000}, "adapter.tokens=500"),
+        ],
+    )
+    def test_an_adapter_that_is_too_large(self, section: dict[str, Any], advice: str) -> None:
+        config = self.CONFIG.model_copy(update={"adapter": read_method(section)})
+
+        def of_the_adapter(config: TrainConfig) -> int:
+            return max(getattr(config.adapter, key, 0) for key in ("initial_rank", "rank", "tokens"))
+
+        with pytest.raises(UsageError, match=rf"would fit with {advice}$"):
+            check_fits(config, 600, of_the_adapter)
+
     def test_a_base_that_fits_in_no_way(self) -> None:
         with pytest.raises(UsageError, match=r"^needs 0.0 MB of memory of 0.0 MB: take a smaller base$"):
             check_fits(self.CONFIG, 500, cost)

@@ -271,6 +271,11 @@ class TestFolder:
             merge(lora, base=str(base), into="original", out=tmp_path / "deep" / "out")
         assert not any(tmp_path.iterdir())
 
+    def test_links_in_a_circle(self, base: Path, lora: Path, tmp_path: Path) -> None:
+        (tmp_path / "circle").symlink_to("circle")
+        with pytest.raises(UsageError, match=r"^--out: .* is made of links that lead in a circle$"):
+            merge(lora, base=str(base), into="original", out=tmp_path / "circle")
+
     def test_the_base_is_not_touched(self, base: Path, lora: Path, tmp_path: Path) -> None:
         before = {file: (file_sha256(file), file.stat().st_mtime_ns) for file in base.iterdir()}
         folder = base.stat().st_mtime_ns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from oracle import Oracle
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_checkpoint
+from torch import Tensor, nn
 
 from hatrack_trainer.methods import Method
 from hatrack_trainer.methods.bottleneck import Bottleneck
@@ -29,6 +31,7 @@ SECTIONS: dict[str, Method] = {
     "lokr, all whole": LoKr(rank=64, decompose_factor=4),
     "bottleneck, houlsby": Bottleneck(rank=5, activation="gelu", placement="houlsby"),
     "bottleneck, pfeiffer": Bottleneck(rank=16),
+    "bottleneck, silu": Bottleneck(rank=3, activation="silu"),
 }
 STEPS = 10
 
@@ -38,27 +41,65 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("base"))
 
 
-def both(checkpoint: Path, section: Method) -> tuple[PeftModel, PeftModel]:
+class PlainBottleneck(nn.Module):
+    """y + U act(D y + b_D) + b_U, where y is what a linear layer gives."""
+
+    def __init__(self, linear: nn.Module, act: Callable[[Tensor], Tensor], *parameters: Tensor) -> None:
+        super().__init__()
+        self.linear, self.act = linear, act
+        self.d, self.b_d, self.u, self.b_u = (nn.Parameter(each.detach().clone()) for each in parameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y + self.act(y @ self.d.T + self.b_d) @ self.u.T + self.b_u
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: x * (x > 0),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+ADAPTED = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",)}
+
+
+def with_bottlenecks(plain: nn.Module, section: Bottleneck, nf4: PeftModel) -> nn.Module:
+    """The plain base with bottlenecks that begin as those of `nf4`, and nothing of the class that is tested."""
+    own = iter(trainable(nf4).values())
+    plain.requires_grad_(False)
+    for name, linear in list(plain.named_modules()):
+        if name.endswith(ADAPTED[section.placement]):
+            four = [next(own) for _ in range(4)]
+            plain.set_submodule(name, PlainBottleneck(linear, ACTIVATIONS[section.activation], *four))
+    assert next(own, None) is None
+    return plain
+
+
+def both(checkpoint: Path, section: Method) -> tuple[PeftModel, nn.Module]:
     """The same new adapter on an NF4 base that computes in float32, and on that base dequantised."""
     oracle = Oracle(checkpoint, quantization="nf4", dtype=torch.float32, packed=False)
     assert {layer.compute_dtype for layer in oracle.base.modules() if isinstance(layer, Linear4bit)} == {torch.float32}
     torch.manual_seed(1)
     nf4 = get_peft_model(oracle.base, section.peft_config())
+    if isinstance(section, Bottleneck):
+        return nf4, with_bottlenecks(oracle.plain, section, nf4)
     plain = get_peft_model(oracle.plain, section.peft_config())
     assert not any(isinstance(layer, Linear4bit) for layer in plain.modules())
     plain.load_state_dict({name: p.detach().clone() for name, p in trainable(nf4).items()}, strict=False)
     return nf4, plain
 
 
-def trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def gradients(model: PeftModel, seed: int) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, seed: int) -> list[Tensor]:
+    """Of all that is trained, in the model's order, and of the embeddings, which lie before every layer."""
     model.train().zero_grad()
     torch.manual_seed(seed)  # of dropout
-    model(IDS, labels=IDS).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+    embedding = next(each for each in model.modules() if isinstance(each, nn.Embedding))
+    embeddings = embedding(IDS).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=IDS).loss.backward()
+    return [tensor.grad.clone() for tensor in (*trainable(model).values(), embeddings)]
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -66,13 +107,12 @@ def test_gradients_are_those_of_the_dequantised_base(checkpoint: Path, name: str
     models = both(checkpoint, SECTIONS[name])
     # With a small epsilon, Adam's first steps would turn rounding errors of tiny gradients into whole steps.
     optimizers = [torch.optim.AdamW(trainable(model).values(), lr=1e-2, eps=1e-4) for model in models]
-    silent: set[str] = set(trainable(models[0]))
+    keys = [*trainable(models[0]), "embeddings"]
+    silent = set(keys)
     for step in range(STEPS):
-        found, wanted = (gradients(model, step) for model in models)
-        assert found.keys() == wanted.keys() == trainable(models[0]).keys()
-        for key, gradient in wanted.items():
-            assert (found[key] - gradient).norm() <= 1e-3 * gradient.norm(), f"{key}, step {step}"
-            silent -= {key} if gradient.any() else set()
+        for key, found, wanted in zip(keys, *(gradients(model, step) for model in models), strict=True):
+            assert (found - wanted).norm() <= 1e-3 * wanted.norm(), f"{key}, step {step}"
+            silent -= {key} if wanted.any() else set()
         for optimizer in optimizers:
             optimizer.step()
     assert not silent

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from json_schema import fits
 
+from hatrack_client.cli import run as hatrack
 from hatrack_trainer.config import TrainConfig
 from hatrack_trainer.config_file import load_config
 from hatrack_trainer.config_schema import config_schema
@@ -153,6 +154,7 @@ class TestChanges:
             ("adapter.method=lorra", f"--set: {NO_METHOD}"),
             ("data.train=", "--set: data.train: must be a path"),
             ("eval.every=3", "--set: eval.every: needs data.eval"),
+            ("data.max_length=" + "9" * 30, "--set: data.max_length: input should be less than or equal to 10000000"),
             ("train.batch_size=0", "--set: train.batch_size: input should be greater than or equal to 1"),
         ],
     )
@@ -252,6 +254,16 @@ def test_an_absent_file(tmp_path: Path) -> None:
         ("{method: [lora], rang: 4}", NO_METHOD),
         ("[lora]", "adapter: must be a section, with keys of its own"),
         ("{method: lora, rang: 4}", "adapter.rang: unknown key; did you mean rank?"),
+        ("{rank: 1000000000000000000}", "adapter.rank: input should be less than or equal to 4096"),
+        ("{method: adalora, initial_rank: 4097}", "adapter.initial_rank: input should be less than or equal to 4096"),
+        ("{alpha: " + "9" * 400 + "}", "adapter.alpha: input should be less than or equal to 1000000"),
+        ("{method: p_tuning, tokens: 100001}", "adapter.tokens: input should be less than or equal to 100000"),
+        (
+            "{method: llama_adapter, layers: 1, tokens: 1000000000000}",
+            "adapter.tokens: input should be less than or equal to 100000",
+        ),
+        ("{method: vera, initial_scale: 1e300}", "adapter.initial_scale: input should be less than or equal to 1000"),
+        ("{" + "k" * 1000 + ": 1}", f"adapter.{'k' * 40} … {'k' * 40}: unknown key"),
         ("{method: prefix_tuning, token: 4}", "adapter.token: unknown key; did you mean tokens?"),
         ("{method: prefix_tuning, rank: 4}", "adapter.rank: unknown key"),
         ("{method: lora, rank: 0}", "adapter.rank: input should be greater than or equal to 1"),
@@ -291,10 +303,36 @@ def test_a_wrong_key_of_a_method_is_named(tmp_path: Path, adapter: str, sentence
 
 
 @pytest.mark.parametrize(
-    "text", ["train: {seed: 2024-13-45}", "base: " + "[" * 3000, "train: {seed: " + "9" * 5000 + "}"]
+    ("value", "reason"),
+    [
+        ("2024-13-45", "'2024-13-45' is no timestamp"),
+        ("!!timestamp foo", "'foo' is no timestamp"),
+        ("!!bool foo", "'foo' is no bool"),
+        ('!!int ""', "'' is no int"),
+        ('!!float ""', "'' is no float"),
+        ("9" * 5000, f"'{'9' * 40} … {'9' * 40}' is no int"),
+        ("!foo 3", "could not determine a constructor for the tag '!foo'"),
+        ("\7", r"'\x07': special characters are not allowed"),
+        ("@", "while scanning for the next token, found character '@' that cannot start any token"),
+    ],
 )
-def test_what_yaml_can_not_make_a_value_of_is_one_sentence(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "train.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match="not YAML"):
+def test_what_yaml_can_not_make_a_value_of_is_one_sentence(tmp_path: Path, value: str, reason: str) -> None:
+    file = write(tmp_path, f"{MINIMAL}eval:\n  every: {value}\n")
+    with pytest.raises(ConfigError) as caught:
         load_config(file)
+    assert str(caught.value) == f"{file}:5: not YAML: {reason}"
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL), [f"eval.every={value}"])
+    assert str(caught.value) == f"--set eval.every: not YAML: {reason}"
+
+
+def test_yaml_that_is_nested_without_end(tmp_path: Path) -> None:
+    file = write(tmp_path, "base: " + "[" * 3000)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: not YAML: nested too deeply$"):
+        load_config(file)
+
+
+def test_what_controls_a_terminal_is_printed_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, MINIMAL + r'"\e[31m\u202eb\nc": 1')
+    assert hatrack(["train", "run", str(file)]) == 2
+    assert capsys.readouterr().err == f"hatrack: {file}: \\u001b[31m\\u202eb c: unknown key\n"

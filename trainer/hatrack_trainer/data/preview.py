@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from hatrack_server.text.detokenizer import Detokenizer
 from hatrack_trainer.data.example import IGNORED, Example
-from hatrack_trainer.data.problems import escaped
+from hatrack_trainer.wording import printable, shortened
 
 SYMBOLS = {"\n": "↵\n"} | {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) != "\n"}
 LONGEST = 1200
@@ -25,7 +25,7 @@ def preview(example: Example, checkpoint: Path) -> Text:
     decoder = Detokenizer(Tokenizer.from_file(str(checkpoint / "tokenizer.json")), frozenset())
     shown = Text()
     for learned, stretch in groupby(_tokens(example), key=itemgetter(1)):
-        text = _visible(_shorten(decoder.push(token for token, _ in stretch) + decoder.flush()))
+        text = _visible(shortened(decoder.push(token for token, _ in stretch) + decoder.flush(), LONGEST))
         shown.append(f"⟦{text}⟧" if learned else text, style="bold green" if learned else "dim")
     return shown
 
@@ -40,9 +40,4 @@ def _tokens(example: Example) -> Iterator[tuple[int, bool]]:
 
 def _visible(text: str) -> str:
     """Nothing of a row may control the terminal: not its colours, nor in which direction it writes."""
-    return "".join(SYMBOLS.get(char, char if char.isprintable() else escaped(char)) for char in text)
-
-
-def _shorten(text: str) -> str:
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+    return "".join(SYMBOLS.get(char) or printable(char) for char in text)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hatrack_trainer.errors import DataError
+from hatrack_trainer.wording import printable, shortened
 
 SHOWN = 20
+QUOTED = 80
+"""Characters of a text that is quoted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = str(self.file) if self.line is None else f"{self.file}:{self.line}"
-        return ": ".join(filter(None, (place, self.field, self.what)))
+        return printable(": ".join(filter(None, (place, self.field, self.what))))
 
 
 class InvalidData(DataError):
@@ -58,11 +61,5 @@ def nearest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | Non
 
 
 def quoted(text: str) -> str:
-    """The text as JSON would write it, on one line that any terminal can show."""
-    safe = json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
-    return "".join(char if char.isprintable() else escaped(char) for char in safe)
-
-
-def escaped(char: str) -> str:
-    """The character by its code point, as JSON would write it."""
-    return f"\\u{ord(char):04x}"
+    """The text as JSON would write it, on one line that any terminal can show; of a long one its ends."""
+    return printable(json.dumps(shortened(text, QUOTED), ensure_ascii=False))

@@ -14,6 +14,10 @@ from hatrack_trainer.data.lines import Line, read_lines
 from hatrack_trainer.data.problems import Flaw, InvalidData, Problem, WrongRow, quoted
 from hatrack_trainer.data.tokens import Loss, TargetTokenizer, stop_token_ids
 from hatrack_trainer.errors import DataError
+from hatrack_trainer.wording import some
+
+KEYS = 20
+"""How many keys of a row are named before the rest is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ def _format(file: Path, lines: Sequence[Line], problems: Sequence[Problem], name
         raise InvalidData(problems)
     found = detect(lines) if name == "auto" else FileFormat(name)
     if found is None:
-        keys = ", ".join(map(quoted, lines[0].row)) or "no keys"
+        keys = some([*map(quoted, lines[0].row)], KEYS) or "no keys"
         raise InvalidData([Problem(file, f"has {keys}: no format that is known", lines[0].number), *problems])
     return found
 

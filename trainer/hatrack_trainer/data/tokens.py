@@ -57,7 +57,11 @@ class TargetTokenizer:
         self._loss = loss
 
     def tokenise(self, target: Target) -> Example:
-        """The whole target, however long."""
+        """The whole target, however long.
+
+        No beginning stands for it: its last tokens may depend on all that follows (BPE and Unigram merge whole texts
+        where nothing splits them), and a stop that is spelled far behind the cut is a flaw of the row.
+        """
         match target:
             case Completion():
                 return self._completion(target)

@@ -15,6 +15,7 @@ from hatrack_trainer.data.preview import preview
 from hatrack_trainer.data.read import ExampleSet, read_data
 from hatrack_trainer.data.remarks import format_remark, warnings
 from hatrack_trainer.errors import UsageError
+from hatrack_trainer.wording import printable
 
 
 def validate(section: DataSection, model: str, console: Console, *, key: str = KEY) -> None:
@@ -60,4 +61,4 @@ def _quantile(ordered: Sequence[int], share: float) -> int:
 
 
 def _print(console: Console, sentence: str) -> None:
-    console.print(Text(sentence), soft_wrap=True)
+    console.print(Text(printable(sentence)), soft_wrap=True)

@@ -54,7 +54,7 @@ def _remedies(config: TrainConfig) -> Iterator[list[list[Settings]]]:
     yield [batches, [recompute]] if recompute else [batches]
     smallest = {**(batches[-1] if batches else {}), **recompute}
     yield [[{**each, **recompute} for each in batches]]
-    yield [[{**smallest, "data.max_length": length} for length in _shorter(config)]]
+    yield [[{**smallest, "data.max_length": length} for length in _shorter(config)], _smaller_adapters(config)]
     if config.base.quantization == "none":
         yield [[{"base.quantization": "nf4"}, {"base.quantization": "nf4", **smallest}]]
 
@@ -76,6 +76,14 @@ def _shorter(config: TrainConfig) -> list[int]:
     """Every row that is longer loses its end."""
     lengths = [2**power for power in range(16, 4, -1)]
     return [length for length in lengths if length < config.data.max_length]
+
+
+def _smaller_adapters(config: TrainConfig) -> list[Settings]:
+    """What the adapter's size grows with, halved again and again; AdaLoRA's ranks must differ."""
+    found = {key: getattr(config.adapter, key, 0) for key in ("rank", "initial_rank", "tokens")}
+    sizes = {f"adapter.{key}": size for key, size in found.items() if size}
+    halved = [{key: size >> power for key, size in sizes.items()} for power in range(1, 17)]
+    return [each for each in halved if each and all(each.values()) and len({*each.values()}) == len(each)]
 
 
 def _as_text(settings: Settings) -> str:

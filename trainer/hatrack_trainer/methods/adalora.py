@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from hatrack_trainer.distributed import shards_base
 from hatrack_trainer.errors import UsageError
 from hatrack_trainer.methods import CAUSAL_LM, Targeted
-from hatrack_trainer.section import Real
+from hatrack_trainer.section import Alpha, Rank, Real
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -28,17 +28,17 @@ class AdaLora(Targeted):
     # What is pruned, E's zeros keep from the others; E itself always has a gradient.
     may_lack_gradients: ClassVar[tuple[str, ...]] = (".lora_A.", ".lora_B.")
 
-    rank: int = Field(default=8, ge=1)
+    rank: Rank = 8
     """The average over all layers in the end."""
-    initial_rank: int = Field(default=12, ge=1)
+    initial_rank: Rank = 12
     """Every layer's at first."""
-    alpha: int = Field(default=32, ge=1)
+    alpha: Alpha = 32
     dropout: Real = Field(default=0.0, ge=0, le=0.9)
     prune_from: Real = Field(default=0.1, ge=0, lt=1)
     """The share of the steps after which pruning begins …"""
     prune_until: Real = Field(default=0.7, gt=0, le=1)
     """… and after which the ranks stay as they are."""
-    orthogonality: Real = Field(default=0.5, ge=0)
+    orthogonality: Real = Field(default=0.5, ge=0, le=1000)
     """How strongly A's rows and B's columns are drawn towards an orthonormal basis; no part of the reported loss."""
 
     @model_validator(mode="after")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
 from hatrack_trainer.errors import UsageError
 from hatrack_trainer.methods import CAUSAL_LM, LayerNames, Method
+from hatrack_trainer.section import Rank
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -23,7 +22,7 @@ class Bottleneck(Method):
     method: Literal["bottleneck"] = "bottleneck"
     default_learning_rate: ClassVar[float] = 5e-3
 
-    rank: int = Field(default=64, ge=1)
+    rank: Rank = 64
     """Width of the bottleneck."""
     activation: Literal["relu", "gelu", "silu"] = "relu"
     placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"

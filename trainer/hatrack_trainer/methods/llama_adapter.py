@@ -8,6 +8,7 @@ from pydantic import Field
 
 from hatrack_trainer.errors import UsageError
 from hatrack_trainer.methods import CAUSAL_LM, Method
+from hatrack_trainer.section import VirtualTokenCount
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -27,7 +28,7 @@ class LlamaAdapter(Method):
 
     layers: int = Field(ge=1)
     """How many of the top layers; the paper takes all but the lowest two."""
-    tokens: int = Field(default=10, ge=1)
+    tokens: VirtualTokenCount = 10
 
     def refuse(self, base: PretrainedConfig) -> None:
         """Raises UsageError for another kind of base, or one with fewer layers."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from hatrack_trainer.methods import CAUSAL_LM, Targeted
-from hatrack_trainer.section import Real
+from hatrack_trainer.section import Alpha, Rank, Real
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -24,8 +24,8 @@ class LowRank(Targeted):
     default_learning_rate: ClassVar[float] = 1e-3
     dora: ClassVar[bool] = False
 
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
+    rank: Rank = 16
+    alpha: Alpha = 32
     rslora: bool = False
     """Scale by alpha/√rank instead, so that high ranks learn as fast as low ones."""
     dropout: Real = Field(default=0.0, ge=0, le=0.9)

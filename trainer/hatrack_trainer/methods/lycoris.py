@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from hatrack_trainer.methods import CAUSAL_LM, Targeted
-from hatrack_trainer.section import Real
+from hatrack_trainer.section import Alpha, Rank, Real
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,8 +20,8 @@ class Lycoris(Targeted):
 
     default_learning_rate: ClassVar[float] = 1e-2
 
-    rank: int = Field(default=8, ge=1)
-    alpha: int = Field(default=8, ge=1)
+    rank: Rank = 8
+    alpha: Alpha = 8
     """The change is scaled by alpha/rank."""
     rank_dropout: Real = Field(default=0.0, ge=0, le=0.9)
     """Which share of the change's rows is left out, others in each step."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from hatrack_trainer.methods import CAUSAL_LM, Targeted
-from hatrack_trainer.section import Real
+from hatrack_trainer.section import Rank, Real
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -23,10 +23,10 @@ class Vera(Targeted):
     method: Literal["vera"] = "vera"
     default_learning_rate: ClassVar[float] = 2e-2
 
-    rank: int = Field(default=256, ge=1)
+    rank: Rank = 256
     """Costs few parameters, so higher than LoRA's; a server's `--max-rank` (256) bounds it."""
     dropout: Real = Field(default=0.0, ge=0, le=0.9)
-    initial_scale: Real = Field(default=0.1, gt=0)
+    initial_scale: Real = Field(default=0.1, gt=0, le=1000)
     """What λ_d begins at; λ_b begins at 0."""
 
     def peft_config(self) -> PeftConfig:

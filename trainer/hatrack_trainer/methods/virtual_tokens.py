@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from hatrack_trainer.methods import CAUSAL_LM, Method
+from hatrack_trainer.section import VirtualTokenCount
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,7 +21,7 @@ class VirtualTokens(Method):
     # They stand before a row's first document only, and PEFT forgets where the others begin.
     allows_packing: ClassVar[bool] = False
 
-    tokens: int = Field(default=20, ge=1)
+    tokens: VirtualTokenCount = 20
 
 
 class PromptTuning(VirtualTokens):
@@ -49,7 +50,7 @@ class PTuning(VirtualTokens):
     method: Literal["p_tuning"] = "p_tuning"
     default_learning_rate: ClassVar[float] = 5e-3
 
-    hidden_size: int | None = Field(default=None, ge=1)
+    hidden_size: int | None = Field(default=None, ge=1, le=2**16)
     """The network's width; absent: the base's."""
 
     def peft_config(self) -> PeftConfig:
