@@ -22,6 +22,11 @@ class VirtualTokens(Method):
 
     tokens: int = Field(default=20, ge=1)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """See Method."""
+        return self.tokens
+
 
 class PromptTuning(VirtualTokens):
     """Embeddings. From 7 B parameters on, try a third of the default learning rate."""
