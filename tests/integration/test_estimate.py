@@ -16,13 +16,13 @@ from hatrack_trainer.estimate.memory import available_memory, check_memory
 from hatrack_trainer.estimate.report import estimate
 
 
-def configure(base: Path, folder: Path, row_length: int) -> Path:
+def configure(base: Path, folder: Path, row_length: int, max_length: int = 512) -> Path:
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (row_length, 7, 5, 9)))
     file = folder / "train.yaml"
     sections = {
         "base": {"model": str(base)},
-        "data": {"train": str(rows), "max_length": 2**18},
+        "data": {"train": str(rows), "max_length": max_length},
         "train": {"batch_size": 4, "epochs": 2},
         "output": {"dir": str(folder / "out")},
     }
@@ -59,7 +59,7 @@ def test_a_run_that_can_not_fit_is_refused_before_the_base_is_loaded(
 ) -> None:
     base = make_checkpoint(tmp_path / "base", max_position_embeddings=2**18)
     (base / "model.safetensors").write_bytes(b"not loaded")
-    config = configure(base, tmp_path, row_length=200_000)
+    config = configure(base, tmp_path, row_length=200_000, max_length=2**18)
     for command in ("run", "estimate"):
         assert hatrack(["train", command, str(config)]) == 2
         sentence = " ".join(capsys.readouterr().err.split())

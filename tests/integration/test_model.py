@@ -22,7 +22,7 @@ from hatrack_server.model.load import load_base
 from hatrack_server.model.paged import PagedModel
 from hatrack_server.model.shapes import shapes_of_checkpoint
 
-TINY_HEADS = {"n_head": 4, "n_layer": 2, "n_embd": 64, "n_positions": 512}
+TINY_HEADS = {"n_head": 4, "n_layer": 2, "n_embd": 64, "n_positions": 512, "eos_token_id": 257}
 
 
 def paged(checkpoint: Path, **settings: Any) -> PagedModel:

@@ -240,7 +240,7 @@ class TestCommand:
     ) -> None:
         data.write_text('{"prompt": "a"}')
         assert hatrack(["train", "run", str(self.write(tiny_llama, data, tmp_path))]) == 2
-        assert capsys.readouterr().err.strip() == f"{data}:1: completion: missing"
+        assert capsys.readouterr().err.splitlines()[-1] == f"{data}:1: completion: missing"
 
     def test_an_absent_model_exits_with_2(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert hatrack(["train", "run", str(self.write(tmp_path / "absent", data, tmp_path))]) == 2

@@ -94,7 +94,7 @@ def validate(
             raise UsageError(f"{source}: is data; name the base that is to learn it by --base, or take a YAML file")
         else:
             settings = load_config(source, changes or ())
-            validate_data(settings.data, settings.base.model, Console())
+            validate_data(settings.data, settings.base.model, Console(), adapter=settings.adapter)
 
 
 def demo(

@@ -41,7 +41,8 @@ class DataSection(Section):
     """What is learned of a chat: its last turn, or every one of the assistant's. Of other rows it is the completion, or
     all of a text."""
     max_length: int = Field(default=1024, ge=2, le=10**7)
-    """A row's tokens, prompt and completion together; what is beyond is cut off."""
+    """A row's tokens, prompt and completion together; what is beyond is cut off. Absent: 1024, or fewer where the
+    base's positions end."""
 
 
 Optimizer = Literal[

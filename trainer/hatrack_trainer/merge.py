@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import shutil
 import textwrap
 import warnings
@@ -15,7 +15,6 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -103,7 +102,8 @@ def _check_out(out: Path, adapter: Path, base: str) -> None:
     target = resolved(out, "--out")
     if target.is_relative_to(adapter.resolve()):
         raise UsageError(f"--out: {out} is in the adapter's folder, where nothing is ever written")
-    if Path(base).is_dir() and target.is_relative_to(Path(base).resolve()):
+    is_folder = os.path.isdir(base)  # noqa: PTH112 - pathlib raises at a name that is too long
+    if is_folder and target.is_relative_to(Path(base).resolve()):
         raise UsageError(f"--out: {out} is in the base's folder, where nothing is ever written")
     check_output_folder(out, "--out")
 
@@ -154,13 +154,16 @@ def _dequantized(layer: Linear4bit) -> nn.Module:
 def _merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base with the adapter's change in its weights, by PEFT; changes `base`."""
     try:
-        config = PeftConfig.from_pretrained(str(folder))
         with warnings.catch_warnings():
-            # It warns that shared embeddings and the base's name would need care, which they get here.
+            # It warns of keys that it does not know, and that shared embeddings and the base's name would need care,
+            # which they get here.
             warnings.simplefilter("ignore")
-            return _merged_by_peft(base, config, folder)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error, SafetensorError) as error:
-        raise UsageError(f"PEFT can't merge this adapter into this base: {textwrap.shorten(str(error), 300)}") from None
+            return _merged_by_peft(base, PeftConfig.from_pretrained(str(folder)), folder)
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
+        raise UsageError(f"{folder}: PEFT can't merge this adapter into this base: {reason}") from None
 
 
 def _merged_by_peft(base: PreTrainedModel, config: PeftConfig, folder: Path) -> PreTrainedModel:

@@ -28,12 +28,13 @@ NO_CHANGE_OF_WEIGHTS = frozenset({
     "PREFIX_TUNING", "PROMPT_TUNING", "SHADOW", "XLORA",
 })  # fmt: skip
 
-# Settings of LoRA that act on some tokens only, on other parameters than weights, or on a base of another shape.
+# Settings of LoRA that act on some tokens only, on other parameters than weights, or on a base of another kind.
 UNMERGEABLE_SETTINGS = (
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "layer_replication",
+    "megatron_config",
     "monteclora_config",
     "target_parameters",
     "use_bdlora",

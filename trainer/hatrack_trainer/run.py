@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from hatrack.manifest import BaseIdentity
-from hatrack_server.model.checkpoint import identify
+from hatrack_server.model.checkpoint import identify, loading
 from hatrack_server.model.load import load_base, read_config
 from hatrack_trainer.artifact import (
     check_logging_folder,
@@ -24,6 +24,7 @@ from hatrack_trainer.artifact import (
 from hatrack_trainer.base import find_base
 from hatrack_trainer.checkpoints import Checkpoints, Resumable
 from hatrack_trainer.config import TrainConfig
+from hatrack_trainer.context import within_context
 from hatrack_trainer.data import Example
 from hatrack_trainer.data.lines import check_data_file
 from hatrack_trainer.data.read import Data, ExampleSet, read_data
@@ -112,6 +113,7 @@ def _run(
     architecture = read_config(checkpoint)
     for remark in config.adapter.remarks(architecture):
         say(remark)
+    config = within_context(config, checkpoint, say)
     data = _read(config, checkpoint, say)
     identity = identify(checkpoint, config.base.quantization)
     if check_base is not None:
@@ -170,7 +172,8 @@ def load_trainer(
             storage=nf4_storage(),
             unquantised=config.adapter.unquantised(read_config(checkpoint)),
         )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    with loading(checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     try:
         return make(config, base, tokenizer, train, evaluation, on_step)
     except ValueError as error:

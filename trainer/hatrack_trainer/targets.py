@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hatrack_server.model.load import read_config
+from hatrack_server.model.load import read_config, without_weights
 from hatrack_trainer.errors import UsageError
 from hatrack_trainer.methods import Method
 
@@ -40,13 +38,3 @@ def check_targets(targets: list[str] | Literal["all-linear"], checkpoint: Path) 
             wrong = "can't have an adapter" if selected else "is no module of the base"
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             raise UsageError(f"adapter.target_modules: {target} {wrong}; take some of {known}")
-
-
-def without_weights(config: PretrainedConfig) -> PreTrainedModel:
-    """The base's modules, which hold no numbers; raises UsageError for what is no causal LM."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"base.model: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-    return model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +12,12 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils import logging as transformers_logging
 
 from hatrack_server.errors import StartupError
+from hatrack_server.model.checkpoint import loading
+
+log = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "none"]
 
@@ -32,34 +38,49 @@ def load_base(
     `attn_implementation`, transformers chooses one. `storage` is what packed NF4 codes lie in, to those who need other
     than bytes: the same bits. `unquantised` names modules that NF4 leaves as they are, with all in them. A checkpoint
     that is NF4 on disk is taken as it is. Raises StartupError for what transformers can't load as a causal LM, for
-    another quantisation on disk, and for stacked experts, which bitsandbytes silently leaves in 16 bits.
+    weights that don't fit the configuration, for another quantisation on disk, and for stacked experts, which
+    bitsandbytes silently leaves in 16 bits.
     """
     extra = _quantization_arguments(
         read_config(checkpoint), quantization, dtype or torch.bfloat16, storage, unquantised
     )
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    with loading(checkpoint), _no_table():
+        model, fit = AutoModelForCausalLM.from_pretrained(
             checkpoint,
             dtype=dtype or ("auto" if quantization == "none" else torch.bfloat16),
             device_map=device,
             attn_implementation=attn_implementation,
             local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in a sentence
             **extra,
         )
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise StartupError(f"the model can't be loaded: {_first_line(error)}") from error
+    _check_fit(checkpoint, model, fit)
     if quantization == "nf4":
         _refuse_unquantised_experts(model)
         _let_go_of_files(model)
-    return model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded
 
 
 def read_config(checkpoint: Path) -> PretrainedConfig:
     """The checkpoint's configuration; raises StartupError when transformers can't read it."""
-    try:
-        return AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise StartupError(f"the model's config.json can't be read: {_first_line(error)}") from None
+    with loading(checkpoint / "config.json"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            checkpoint, local_files_only=True, trust_remote_code=False
+        )
+    return config
+
+
+def without_weights(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The base's modules on the meta device, where they hold no numbers; raises StartupError for what is no causal LM.
+
+    `options` are those of transformers' `from_config`.
+    """
+    with loading(Path(config.name_or_path) / "config.json"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    return model
 
 
 def prepare_for_training(model: PreTrainedModel) -> None:
@@ -96,9 +117,38 @@ def _quantization_arguments(
 
 def _left_alone(config: PretrainedConfig, unquantised: Sequence[str]) -> list[str]:
     """`unquantised`, and what transformers leaves alone until it is told of anything: the head, and what is tied."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return [*get_keys_to_not_convert(model), *unquantised]
+    return [*get_keys_to_not_convert(without_weights(config)), *unquantised]
+
+
+@contextmanager
+def _no_table() -> Iterator[None]:
+    """Without transformers' table of the tensors that don't fit, of which `_check_fit` says the same in one line."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _check_fit(checkpoint: Path, model: PreTrainedModel, fit: Mapping[str, Any]) -> None:
+    """Raises StartupError for a weight that would be random; names in the log what is in the files and not used."""
+    misfit = f"{checkpoint}: its weights don't fit its config.json"
+    if missing := fit["missing_keys"]:
+        raise StartupError(f"{misfit}: {min(missing)} is missing")
+    for name, shape, wanted in sorted([*fit["mismatched_keys"], *_misshapen_nf4(model)]):
+        raise StartupError(f"{misfit}: {name} is of shape {list(shape)}, not {list(wanted)}")
+    if unused := fit["unexpected_keys"]:
+        log.warning("%s: %d of its tensors are not used, e.g. %s", checkpoint, len(unused), min(unused))
+
+
+def _misshapen_nf4(model: PreTrainedModel) -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
+    """(name, shape, wanted shape) of quantised weights, which transformers doesn't compare."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit) and (state := layer.weight.quant_state) is not None:
+            wanted = (layer.out_features, layer.in_features)
+            if tuple(state.shape) != wanted:
+                yield f"{name}.weight", state.shape, wanted
 
 
 def _let_go_of_files(model: PreTrainedModel) -> None:
@@ -112,7 +162,3 @@ def _refuse_unquantised_experts(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and "expert" in name:
             raise StartupError(f"mixture-of-experts weights stay unquantised ({name}): serve with --quantization none")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,6 +15,7 @@ from hatrack_server.kernels.native import native
 from hatrack_server.kernels.nf4_linear import nf4_tensors
 from hatrack_server.model.attention import NAME, PAGED, PagedKV, StepCache
 from hatrack_server.model.batch import Batch
+from hatrack_server.model.checkpoint import eos_token_ids
 from hatrack_server.model.layers import FrozenLayers, squared_norms
 from hatrack_server.model.load import load_base, read_config
 from hatrack_server.model.probe import probe, refuse_unservable
@@ -37,6 +38,7 @@ class PagedModel:
         if self.device.type == "cpu":
             native()  # compiled now, not in the first step
         refuse_unservable(read_config(config.model))
+        eos_token_ids(config.model)  # transformers would pass over a broken file
         progress("loading weights", 0.0)
         self._model = load_base(
             config.model,

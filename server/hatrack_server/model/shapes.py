@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hatrack_server.errors import StartupError
-from hatrack_server.model.load import read_config
+from hatrack_server.model.checkpoint import loading
+from hatrack_server.model.load import read_config, without_weights
 from hatrack_server.model.probe import refuse_unservable
 from hatrack_server.types import AttentionShape, BaseShapes, LinearShape
 
@@ -21,15 +21,12 @@ def shapes_of_checkpoint(checkpoint: Path) -> BaseShapes:
     """What the server that serves `checkpoint` would tell, without its weights; raises StartupError as it would."""
     config = read_config(checkpoint)
     refuse_unservable(config)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except (ValueError, KeyError, ImportError) as error:
-        raise StartupError(f"the model can't be made: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    model = without_weights(config, attn_implementation="eager")
     linears = linear_layers(model)
     attention = attention_modules(model)
     cache = DynamicCache()
-    model(torch.tensor([[0, 1]], device="meta"), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    with loading(checkpoint / "config.json"):
+        model(torch.tensor([[0, 1]], device="meta"), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return base_shapes(model, linears, attention, cache)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from hatrack_server.model.checkpoint import loading
 from hatrack_server.text.detokenizer import Detokenizer
 from hatrack_server.text.template import ChatMessage, ChatTemplate, read_tokenizer_config, special_tokens
 
@@ -20,11 +21,13 @@ class TextCodec:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+        """Raises StartupError, naming the file, for a broken one."""
+        with loading(checkpoint / "tokenizer.json"):
+            self._tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+            self.longest_token = max(map(len, self._tokenizer.get_vocab()))  # in characters, or more
         # What a file was saved with must not shorten or pad a prompt.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.longest_token = max(map(len, self._tokenizer.get_vocab()))  # in characters, or more
         config = read_tokenizer_config(checkpoint)
         self._template = ChatTemplate.load(checkpoint, config)
         bos = special_tokens(config).get("bos_token")

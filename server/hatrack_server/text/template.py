@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,6 +10,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from hatrack_server.errors import InvalidRequest
+from hatrack_server.model.checkpoint import loading, read_json
 
 
 class ChatMessage(TypedDict):
@@ -31,7 +31,12 @@ class ChatTemplate:
     def load(cls, checkpoint: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
         """Reads `chat_template.jinja`, else the template in `tokenizer_config.json`; neither is fine too."""
         file = checkpoint / "chat_template.jinja"
-        source = file.read_text() if file.is_file() else _inline(tokenizer_config.get("chat_template"))
+        if file.is_file():
+            with loading(file):
+                source: str | None = file.read_text()
+        else:
+            with loading(checkpoint / "tokenizer_config.json"):
+                source = _inline(tokenizer_config.get("chat_template"))
         return cls(source, special_tokens(tokenizer_config))
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
@@ -59,10 +64,7 @@ class ChatTemplate:
 def read_tokenizer_config(checkpoint: Path) -> dict[str, Any]:
     """`tokenizer_config.json`, or nothing where a checkpoint has none."""
     file = checkpoint / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    config: dict[str, Any] = json.loads(file.read_text())
-    return config
+    return read_json(file) if file.is_file() else {}
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

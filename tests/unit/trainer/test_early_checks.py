@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hatrack_client.cli import run as hatrack
+from hatrack_server.errors import StartupError
 from hatrack_server.model.load import load_base
 from hatrack_trainer.artifact import check_logging_folder, check_output_folder, check_temporary_folder
 from hatrack_trainer.config import TrainConfig
@@ -37,7 +38,7 @@ class TestTargets:
 
     def test_a_base_that_is_no_causal_model(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-        with pytest.raises(UsageError, match=r"base\.model: Unrecognized configuration class .*ViTConfig"):
+        with pytest.raises(StartupError, match=r"config\.json can't be loaded: Unrecognized .* class .*ViTConfig"):
             check_targets(["q_proj"], tmp_path)
 
 

@@ -331,6 +331,7 @@ class TestRefusals:
         [
             ("alora_invocation_tokens", [1], "an adapter with it can't be merged"),
             ("layer_replication", [[0, 2], [1, 2]], "an adapter with it can't be merged"),
+            ("megatron_config", {"tensor_model_parallel_size": 2}, "an adapter with it can't be merged"),
             ("init_lora_weights", "pissa_niter_4", "'pissa_niter_4' changed the base before training"),
         ],
     )
@@ -417,9 +418,31 @@ class TestBase:
 
     def test_biases_need_a_bias_to_be_added_to(self, original: Oracle, base: Path, tmp_path: Path) -> None:
         adapter = make(original, "lora with biases", tmp_path)
-        with pytest.raises(UsageError, match=r"^PEFT can't merge .*: Impossible .* has no bias"):
+        with pytest.raises(UsageError, match=r"PEFT can't merge .*: Impossible .* has no bias"):
             merge(adapter, base=str(base), into="original", out=tmp_path / "out")
         assert sorted(tmp_path.iterdir()) == [adapter]
+
+    @pytest.mark.parametrize(
+        ("name", "setting"), [("lora", {"trainable_token_indices": [10**9]}), ("vb-lora", {"vector_length": 0})]
+    )
+    def test_a_setting_at_which_peft_stumbles(
+        self, original: Oracle, base: Path, name: str, setting: dict[str, Any], tmp_path: Path
+    ) -> None:
+        adapter = make(original, name, tmp_path)
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+        with pytest.raises(UsageError, match=f"^{adapter}: PEFT can't merge this adapter into this base: .+"):
+            merge(adapter, base=str(base), into="original", out=tmp_path / "out")
+
+    def test_a_key_that_peft_does_not_know(self, original: Oracle, base: Path, tmp_path: Path) -> None:
+        adapter = make(original, "lora", tmp_path)
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"of_a_newer_peft": 1}))
+        merge(adapter, base=str(base), into="original", out=tmp_path / "out")  # PEFT's warning would be an error here
+
+    def test_a_name_too_long_for_any_file(self, lora: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"^--base: model x+ is neither a folder nor a hub id"):
+            merge(lora, base="x" * 300, into="original", out=tmp_path / "out")
 
 
 class TestCommand:

@@ -9,6 +9,7 @@ import pytest
 from tiny import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from hatrack_server.errors import StartupError
 from hatrack_server.text.codec import ChatMessage, TextCodec
 from hatrack_trainer.config import DataSection
 from hatrack_trainer.data import IGNORED, Example
@@ -236,6 +237,14 @@ def test_stop_ids_come_from_the_generation_config_first(tmp_path: Path) -> None:
     assert stop_token_ids(tmp_path) == [5]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     assert stop_token_ids(tmp_path) == [7, 8]
+
+
+@pytest.mark.parametrize("ids", ["</s>", [], [[1]], {"id": 1}, -1, 320, [1, 99999], True, 1.5])
+def test_stop_ids_must_be_of_the_vocabulary(tmp_path: Path, ids: Any) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 320}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(StartupError, match=r"generation_config\.json: eos_token_id: must be a token's id, or a list"):
+        stop_token_ids(tmp_path)
 
 
 def test_a_base_that_never_stops_is_refused(tmp_path: Path) -> None:

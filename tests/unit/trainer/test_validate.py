@@ -66,6 +66,7 @@ class TestCommand:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines() == [
+            "data.max_length: 512, for the base's 512 positions",
             f'{rows}: 3 rows read as chat, {{"messages": [{{"role", "content"}}, …]}}',
             "  76 tokens, of which 12 carry loss; longest 26, p50 25, p95 26; 0 of 3 rows lose their end",
             "line 1 as the model sees it, where only ⟦this⟧ is learned:",
@@ -95,6 +96,8 @@ class TestCommand:
             assert capsys.readouterr().err.strip() == "hatrack: base.model: model path /nowhere does not exist"
         assert hatrack(["train", "validate", str(rows), "--base", "/nowhere"]) == 2
         assert capsys.readouterr().err == "hatrack: --base: model path /nowhere does not exist\n"
+        assert hatrack(["train", "validate", str(rows), "--base", "x" * 300]) == 2
+        assert capsys.readouterr().err.startswith("hatrack: --base: model xxx")
 
     def test_changes_of_the_configuration(
         self, weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -111,7 +114,7 @@ class TestCommand:
     ) -> None:
         train = write(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": 1, "completion": "b"}])
         held_out = write(tmp_path / "held-out.jsonl", [[]])
-        config = configure(tiny_llama, tmp_path, train=str(train), eval=str(held_out))
+        config = configure(tiny_llama, tmp_path, train=str(train), eval=str(held_out), max_length=64)
         for command in ("validate", "run"):
             assert hatrack(["train", command, str(config)]) == 2
             printed = capsys.readouterr()
@@ -130,7 +133,7 @@ class TestCommand:
         config = configure(weightless, tmp_path, train=str(pairs))
         assert hatrack(["train", "validate", str(config)]) == 0
         out = capsys.readouterr().out.splitlines()
-        assert "2 rows read as preference" in out[0]
+        assert "2 rows read as preference" in out[1]
         assert out[-3:] == [
             "line 1 as the model sees it, where the first ⟦this⟧ is learned against the second:",
             "<s>a⟦b</s>⟧",

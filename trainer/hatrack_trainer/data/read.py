@@ -81,7 +81,7 @@ def read_data(section: DataSection, checkpoint: Path) -> Data:
     """Reads the files that a configuration names; of the checkpoint it needs configuration, tokenizer and template.
 
     Raises InvalidData with every problem of both files, and DataError when they don't go together, or when the base
-    lacks a stop token or a template.
+    lacks a stop token or a template; StartupError for a broken file of the base.
     """
     tokenizer = TargetTokenizer(TextCodec(checkpoint), stop_token_ids(checkpoint), section.loss)
     found: list[ExampleSet] = []

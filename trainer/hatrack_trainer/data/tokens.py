@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from hatrack_server.errors import InvalidRequest
+from hatrack_server.model.checkpoint import eos_token_ids
 from hatrack_server.text.codec import ChatMessage, TextCodec
 from hatrack_trainer.data.example import IGNORED, Example
 from hatrack_trainer.data.formats import Completion, Conversation, Document, Target, Turn
@@ -24,15 +24,12 @@ CHARACTERS = 8
 
 
 def stop_token_ids(checkpoint: Path) -> list[int]:
-    """The ids that end a completion when served, the one to learn first; from generation_config.json or config.json.
+    """The ids that end a completion when served, the one to learn first.
 
-    Raises DataError when the checkpoint names none.
+    Raises DataError when the checkpoint names none, StartupError for one that is wrong.
     """
-    for name in ("generation_config.json", "config.json"):
-        file = checkpoint / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
+    if ids := eos_token_ids(checkpoint):
+        return ids
     raise DataError("the base names no eos_token_id: an adapter could never learn to stop")
 
 

@@ -11,19 +11,25 @@ from rich.text import Text
 
 from hatrack_trainer.base import KEY, find_base
 from hatrack_trainer.config import DataSection
+from hatrack_trainer.context import rows_within_context
 from hatrack_trainer.data.preview import preview
 from hatrack_trainer.data.read import ExampleSet, read_data
 from hatrack_trainer.data.remarks import format_remark, warnings
 from hatrack_trainer.errors import UsageError
+from hatrack_trainer.methods import Method
 from hatrack_trainer.wording import printable
 
 
-def validate(section: DataSection, model: str, console: Console, *, key: str = KEY) -> None:
+def validate(
+    section: DataSection, model: str, console: Console, *, adapter: Method | None = None, key: str = KEY
+) -> None:
     """Prints how the data is read, what of it is lost, and what of a row is learned.
 
-    `key` is where the base is named. Raises what `read_data` does, and UsageError for an absent base, or part of one.
+    `adapter` may take some of the base's context; `key` is where the base is named. Raises what `read_data` does, and
+    UsageError for an absent base, part of one, or one whose context is too short.
     """
     checkpoint = checkpoint_without_weights(model, key)
+    section = rows_within_context(section, adapter, checkpoint, lambda sentence: _print(console, sentence))
     data = read_data(section, checkpoint)
     for part in data.files:
         _print(console, format_remark(part))

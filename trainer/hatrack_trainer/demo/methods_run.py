@@ -89,7 +89,7 @@ def _serve_and_ask(
 
 def _result(base: Path, folder: Path, name: str, seconds: float, served: Sequence[Generation]) -> Result:
     words = test_words()
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     model = load_trained(base, folder / name if name else None)
     own = greedy(model, tokenizer, [prompt(COMMAND, word) for word in words], MAX_TOKENS)
     return Result(

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from hatrack_trainer.base import find_base
 from hatrack_trainer.config import TrainConfig
+from hatrack_trainer.context import within_context
 from hatrack_trainer.data import Example
 from hatrack_trainer.data.read import Data, ExampleSet, read_data
 from hatrack_trainer.distributed import own_device
@@ -47,6 +48,7 @@ def estimate(config: TrainConfig, console: Console, say: Callable[[str], None] =
     """
     checkpoint = find_base(config.base.model)
     check_adapter(config.adapter, checkpoint)
+    config = within_context(config, checkpoint, lambda sentence: console.print(Text(sentence), soft_wrap=True))
     data = read_data(config.data, checkpoint)
     train_set = data.train
     check_objective(config, train_set)

@@ -15,11 +15,11 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AttentionInterface, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from hatrack_server.model.load import Quantization, read_config
+from hatrack_server.model.load import Quantization, read_config, without_weights
 from hatrack_trainer.methods import Method
 
 FUSED, EAGER = "hatrack_fused_sketch", "hatrack_eager_sketch"
@@ -34,10 +34,9 @@ def sketch_base(checkpoint: Path, quantization: Quantization, unquantised: Seque
     """What `load_base` gives; its attention takes the memory of torch's fused one where transformers takes that."""
     config = read_config(checkpoint)
     dtype = torch.bfloat16 if quantization == "nf4" else config.dtype or torch.float32
-    with torch.device("meta"):
-        base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=FUSED)
-        if not base._supports_sdpa:
-            base.set_attn_implementation(EAGER)
+    base = without_weights(config, dtype=dtype, attn_implementation=FUSED)
+    if not base._supports_sdpa:
+        base.set_attn_implementation(EAGER)
     if quantization == "nf4":
         _quantise(base, [*get_keys_to_not_convert(base), *unquantised])
     return base.requires_grad_(False)

@@ -45,6 +45,11 @@ class Method(Section):
         """Whether the server takes what comes out; else it is merged."""
         return True
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many of the base's positions it takes before the text's."""
+        return 0
+
     def named_layers(self) -> list[str]:
         """Every layer that the section names, each of which must be one of the base's linear layers."""
         return []

@@ -56,7 +56,7 @@ class Partial(Method):
 
     def refuse(self, base: PretrainedConfig) -> None:
         """Raises UsageError for a part that the base lacks, or has quantised on disk, and for the head under FSDP."""
-        from hatrack_trainer.targets import without_weights
+        from hatrack_server.model.load import without_weights
         from hatrack_trainer.tuners.partial import trained_parameters
 
         if self.last_layers and getattr(base, "quantization_config", None) is not None:
@@ -77,7 +77,7 @@ class Partial(Method):
 
     def unquantised(self, base: PretrainedConfig) -> list[str]:
         """See Method."""
-        from hatrack_trainer.targets import without_weights
+        from hatrack_server.model.load import without_weights
         from hatrack_trainer.tuners.partial import head_name, last_blocks
 
         model = without_weights(base)

@@ -23,6 +23,11 @@ class VirtualTokens(Method):
 
     tokens: VirtualTokenCount = 20
 
+    @property
+    def virtual_tokens(self) -> int:
+        """See Method."""
+        return self.tokens
+
 
 class PromptTuning(VirtualTokens):
     """Embeddings. From 7 B parameters on, try a third of the default learning rate."""
