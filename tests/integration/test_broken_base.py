@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_weights_that_are_no_safetensors(
     file = base / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    load = lambda: load_base(base, quantization=quantization, dtype=None, device="cpu")  # noqa: E731
+    load = partial(load_base, base, quantization=quantization, dtype=None, device="cpu")
     assert "can't be loaded: " in refused(load, base, capsys)
 
 
@@ -92,7 +93,7 @@ def test_weights_that_do_not_fit_the_configuration(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     change(base)
-    load = lambda: load_base(base, quantization=quantization, dtype=None, device="cpu")  # noqa: E731
+    load = partial(load_base, base, quantization=quantization, dtype=None, device="cpu")
     assert sentence in refused(load, base, capsys)
 
 

@@ -75,7 +75,8 @@ def read_text_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def eos_token_ids(checkpoint: Path) -> list[int]:
-    """The ids that end a completion; from generation_config.json, or else config.json. Empty where neither names one.
+    """The ids that end a completion; from generation_config.json, where chat models keep several, or else config.json.
+    Empty where neither names one.
 
     Raises StartupError, naming the file, for what is no id of the vocabulary.
     """

@@ -29,7 +29,7 @@ class PagedModel:
     """A causal LM that computes ragged batches over a paged KV pool.
 
     layers: where adapters may act. head: the linear one, if any, that sees each chunk's last token only.
-    kv_slots: tokens that the pool holds, its zero block included.
+    kv_slots: tokens that the pool holds, its zero block included. eos_token_ids: see `model.checkpoint`.
     """
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] = lambda *_: None) -> None:
@@ -38,7 +38,7 @@ class PagedModel:
         if self.device.type == "cpu":
             native()  # compiled now, not in the first step
         refuse_unservable(read_config(config.model))
-        eos_token_ids(config.model)  # transformers would pass over a broken file
+        self.eos_token_ids = frozenset(eos_token_ids(config.model))  # transformers would pass over a broken file
         progress("loading weights", 0.0)
         self._model = load_base(
             config.model,
@@ -92,15 +92,6 @@ class PagedModel:
     def max_position(self) -> int:
         """The longest context that the checkpoint claims, in tokens."""
         return int(self.config.max_position_embeddings)
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """From the generation config, where chat models keep their several ends; else from the config."""
-        for source in (self._model.generation_config, self.config):
-            ids = getattr(source, "eos_token_id", None)
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
-        return frozenset()
 
     def write_kv(self, attention: str, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts ready keys and values [n, kv_heads, dim] of one attention layer at slots[n] of the pool."""
