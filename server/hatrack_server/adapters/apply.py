@@ -15,27 +15,46 @@ from hatrack_server.adapters.slots import Slot
 from hatrack_server.kernels.runs import Run, merge_runs
 
 
+class PoolAction:
+    """What one pool's pieces do in one batch (see Action)."""
+
+    def __init__(self, pool: Pool, runs: list[Run]) -> None:
+        self._pool, self._runs = pool, runs
+        self._bind()
+
+    def __call__(self, values: Tensor, x: Tensor) -> None:
+        """See Action."""
+        if self._stacks is not self._pool.stacks:  # it grew; rows in use are alike in both, but the old take memory
+            self._bind()
+        self._act(values, x)
+
+    def _bind(self) -> None:
+        self._stacks = self._pool.stacks
+        self._act = self._pool.kind.bind(self._stacks, self._runs)
+
+
 class ModuleEffect:
     """All pieces that act at one module in one batch."""
 
     def __init__(self, runs: Mapping[Pool, list[Run]]) -> None:
         in_order = sorted(runs.items(), key=lambda found: found[0].kind.stage)
-        self._on_input = [(pool, runs) for pool, runs in in_order if pool.kind.stage is Stage.INPUT]
-        self._on_output = [(pool, runs) for pool, runs in in_order if pool.kind.stage is not Stage.INPUT]
+        actions = [(pool.kind.stage, PoolAction(pool, runs)) for pool, runs in in_order]
+        self._on_input = [act for stage, act in actions if stage is Stage.INPUT]
+        self._on_output = [act for stage, act in actions if stage is not Stage.INPUT]
 
     def input(self, x: Tensor) -> Tensor:
         """What a linear layer's product takes in place of x[T, in]; x itself is left as it is."""
         if not self._on_input:
             return x
         values = x.clone()
-        for pool, runs in self._on_input:
-            pool.kind.act(values, x, pool.stacks, runs)
+        for act in self._on_input:
+            act(values, x)
         return values
 
     def output(self, y: Tensor, x: Tensor) -> None:
-        """Changes the module's output y[T, …] in place, given x[T, …] (see Piece.act)."""
-        for pool, runs in self._on_output:
-            pool.kind.act(y, x, pool.stacks, runs)
+        """Changes the module's output y[T, …] in place, given x[T, …] (see Action)."""
+        for act in self._on_output:
+            act(y, x)
 
 
 class Row(NamedTuple):

@@ -10,8 +10,8 @@ import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import ClassVar, Self
+from functools import cached_property, partial
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from hatrack_server.adapters.peft_linear import precise
 from hatrack_server.adapters.rank_class import rank_class
 from hatrack_server.kernels.bottleneck import add_bottleneck
 from hatrack_server.kernels.kronecker import add_kronecker
-from hatrack_server.kernels.low_rank import add_embedded, add_low_rank
+from hatrack_server.kernels.low_rank import LowRankSum, add_embedded
 from hatrack_server.kernels.prefix_attention import add_prefix_attention
 from hatrack_server.kernels.replacement import (
     replace_embedding,
@@ -47,6 +47,13 @@ class Stage(enum.IntEnum):
 
 
 Stack = Tensor | list[Tensor]
+
+Action = Callable[[Tensor, Tensor], None]
+"""Changes values[T, …] in place, given x[T, …]: values are a module's output, or at Stage.INPUT a copy of its input.
+
+x is what the module got: a linear layer its input, the embedding token ids, attention its queries; a norm its input as it
+is normalised, before any weight.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,14 @@ class Piece:
         for row, values in zip(rows, self.tensors, strict=True):
             _copy(row, values)
 
+    @classmethod
+    def bind(cls, stacks: tuple[Any, ...], runs: list[Run]) -> Action:
+        """What the pieces in `stacks` do in one batch, in which the tokens of `runs` meet them."""
+        return partial(cls.act, stacks=stacks, runs=runs)
+
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
-        """Changes values[T, …] in place: the module's output, or at Stage.INPUT a copy of its input.
-
-        x[T, …] is what the module got: a linear layer its input, the embedding token ids, attention its queries; a norm
-        its input as it is normalised, before any weight.
-        """
+        """An Action of these stacks and runs, where nothing is worth being done once for a batch."""
         raise NotImplementedError
 
 
@@ -123,11 +131,11 @@ class LowRank(Piece):
         if exact:
             b.mul_(self.scale)  # where it lies: a product of its own would take fresh memory first
 
-    @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    @classmethod
+    def bind(cls, stacks: tuple[Any, ...], runs: list[Run]) -> Action:
         """See Piece."""
         a, b = stacks
-        add_low_rank(values, x, a, b, runs)
+        return LowRankSum(a, b, runs)
 
 
 @dataclass(frozen=True)
@@ -136,11 +144,11 @@ class OutputLowRank(LowRank):
 
     stage: ClassVar[Stage] = Stage.REPLACE
 
-    @staticmethod
-    def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
+    @classmethod
+    def bind(cls, stacks: tuple[Any, ...], runs: list[Run]) -> Action:
         """See Piece."""
-        a, b = stacks
-        add_low_rank(values, values, a, b, runs)
+        add = super().bind(stacks, runs)
+        return lambda values, _: add(values, values)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from hatrack_server.kernels.native import native
+from hatrack_server.kernels.native import Native, native
 from hatrack_server.kernels.runs import Run, each_token
 
 COPIED_RANK = 16  # up to here, rows that don't lie side by side are copied into one product
@@ -15,27 +18,42 @@ COPIED_RANK = 16  # up to here, rows that don't lie side by side are copied into
 IN_PLACE, COPIED = 256, 1024
 
 
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
-    """Adds each run's low-rank product to y in place; tokens outside of every run are left alone.
+class LowRankSum:
+    """y += (x Aᵀ) B for the tokens of each of a batch's adapters, as often as the batch takes a step."""
 
-    y[T, out], x[T, in], a[rows, r, in], b[rows, r, out] with the scale folded in. Rows never mix: each token meets its
-    own adapter's values only, so a NaN stays with its owner.
-    """
-    if y.is_cuda:
-        from hatrack_server.kernels.triton_low_rank import add_low_rank_cuda  # Triton comes with torch for CUDA only
+    def __init__(self, a: Tensor, b: Tensor, runs: list[Run]) -> None:
+        """a[rows, r, in], b[rows, r, out] with the scale folded in."""
+        self._operands = a, b, runs
+        halves = a.dtype is b.dtype is torch.bfloat16 and not a.is_cuda
+        library = native() if halves else None
+        self._sums = None if library is None else [_fastest_sum(library, a, b, run) for run in runs]
 
-        add_low_rank_cuda(y, x, a, b, runs)
-        return
-    library = native() if y.dtype is x.dtype is a.dtype is b.dtype is torch.bfloat16 else None
-    for run in runs:
-        few = IN_PLACE if isinstance(run.index, slice) else COPIED
-        if library is not None and run.length * a.shape[1] <= few:
-            library.add_low_rank(y, x, a, b, run.row_numbers, start=run.start, length=run.length)
+    def __call__(self, y: Tensor, x: Tensor) -> None:
+        """Adds to y[T, out] in place, given x[T, in]; tokens outside of every run are left alone.
+
+        Rows never mix: each token meets its own adapter's values only, so a NaN stays with its owner.
+        """
+        if self._sums is not None and y.dtype is x.dtype is torch.bfloat16:
+            for add in self._sums:
+                add(y, x)
+        elif y.is_cuda:
+            from hatrack_server.kernels.triton_low_rank import add_low_rank_cuda  # Triton comes with torch for CUDA
+
+            add_low_rank_cuda(y, x, *self._operands)
         else:
-            _add_products(y, x, a, b, run)
+            a, b, runs = self._operands
+            for run in runs:
+                _add_products(a, b, run, y, x)
 
 
-def _add_products(y: Tensor, x: Tensor, a: Tensor, b: Tensor, run: Run) -> None:
+def _fastest_sum(library: Native, a: Tensor, b: Tensor, run: Run) -> Callable[[Tensor, Tensor], None]:
+    few = IN_PLACE if isinstance(run.index, slice) else COPIED
+    if run.length * a.shape[1] <= few:
+        return library.low_rank_sum(a, b, run.row_numbers, start=run.start, length=run.length)
+    return functools.partial(_add_products, a, b, run)
+
+
+def _add_products(a: Tensor, b: Tensor, run: Run, y: Tensor, x: Tensor) -> None:
     """One batched product for the run, or for each stretch of it."""
     for part in run.stretches if a.shape[1] > COPIED_RANK else (run,):
         tokens, out, own_a, own_b = part.tokens(x), part.tokens(y), a[part.index], b[part.index]
@@ -46,7 +64,7 @@ def _add_products(y: Tensor, x: Tensor, a: Tensor, b: Tensor, run: Run) -> None:
 
 
 def add_low_rank_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
-    """The same, token by token."""
+    """What a `LowRankSum` does, token by token."""
     for token, row in each_token(runs):
         y[token] += b[row].mT @ (a[row] @ x[token].to(a.dtype))
 

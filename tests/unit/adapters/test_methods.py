@@ -170,11 +170,11 @@ def applied(pieces: Pieces, layer: str, x: Tensor, net: Net) -> Tensor:
     seen = x.clone()
     for piece in mine:
         if piece.stage is Stage.INPUT:
-            piece.act(seen, x, placed(piece), run)
+            piece.bind(placed(piece), run)(seen, x)
     y = net.get_submodule(layer)(seen)
     for piece in mine:
         if piece.stage is not Stage.INPUT:
-            piece.act(y, x, placed(piece), run)
+            piece.bind(placed(piece), run)(y, x)
     return y
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hatrack_server.kernels import native as module
-from hatrack_server.kernels.low_rank import add_low_rank, add_low_rank_reference
+from hatrack_server.kernels.low_rank import LowRankSum, add_low_rank_reference
 from hatrack_server.kernels.native import Native
 from hatrack_server.kernels.runs import Run, merge_runs
 
@@ -39,7 +39,7 @@ def test_low_rank_equals_its_reference(library: Native, skew: str, rank: int, wi
     add_low_rank_reference(
         wanted, x.float(), a.float(), b.float(), [Run(t, 1, (r,)) for t, r in enumerate(SKEWS[skew])]
     )
-    library.add_low_rank(y, x, a, b, rows)
+    library.low_rank_sum(a, b, rows)(y, x)
     torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-4 * width)  # one rounding of the sum
 
 
@@ -52,7 +52,7 @@ def test_low_rank_of_several_tokens_to_a_row(library: Native, rank: int, width: 
     wanted = y.float()
     runs = [Run(1, length, tuple(rows))]
     add_low_rank_reference(wanted, x.float(), a.float(), b.float(), runs)
-    library.add_low_rank(y, x, a, b, runs[0].row_numbers, start=1, length=length)
+    library.low_rank_sum(a, b, runs[0].row_numbers, start=1, length=length)(y, x)
     torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-4 * width)
 
 
@@ -60,8 +60,9 @@ def test_low_rank_on_its_own_output(library: Native) -> None:
     a, b, y = halves(2, 8, 40), halves(2, 8, 40, seed=1), halves(3, 40, seed=2)
     other = y.clone()
     rows = torch.tensor([0, 1, 1], dtype=torch.int32)
-    library.add_low_rank(other, y, a, b, rows)
-    library.add_low_rank(y, y, a, b, rows)
+    add = library.low_rank_sum(a, b, rows)
+    add(other, y)
+    add(y, y)
     assert torch.equal(y, other)
 
 
@@ -71,8 +72,8 @@ def test_low_rank_between_other_tokens(library: Native) -> None:
     wanted = y[1:3, :24].clone()
     before = y.clone()
     rows = torch.tensor([1, 0], dtype=torch.int32)
-    library.add_low_rank(wanted, x[1:3, :24].contiguous(), a, b, rows)
-    library.add_low_rank(y[:, :24], x[:, :24], a, b, rows, start=1)
+    library.low_rank_sum(a, b, rows)(wanted, x[1:3, :24].contiguous())
+    library.low_rank_sum(a, b, rows, start=1)(y[:, :24], x[:, :24])
     assert torch.equal(y[1:3, :24], wanted)
     y[1:3, :24] = before[1:3, :24]
     assert torch.equal(y, before)
@@ -83,9 +84,10 @@ def test_a_bad_adapter_stays_with_its_tokens(library: Native, value: float) -> N
     a, b, x, y = halves(3, 8, 40), halves(3, 8, 600, seed=1), halves(3, 40, seed=2), halves(3, 600, seed=3)
     rows = torch.arange(3, dtype=torch.int32)
     wanted, found = y.clone(), y.clone()
-    library.add_low_rank(wanted, x, a, b, rows)
+    add = library.low_rank_sum(a, b, rows)
+    add(wanted, x)
     a[1] = value
-    library.add_low_rank(found, x, a, b, rows)
+    add(found, x)
     assert not found[1].isfinite().any()
     assert torch.equal(found[[0, 2]], wanted[[0, 2]])
 
@@ -101,13 +103,17 @@ def test_a_step_of_decodes_and_prompts_in_bfloat16(lengths: tuple[int, ...]) -> 
     x, y = halves(start, 64, seed=2), halves(start, 96, seed=3)
     wanted = y.float()
     add_low_rank_reference(wanted, x.float(), a.float(), b.float(), parts)
-    add_low_rank(y, x, a, b, merge_runs(parts))
+    LowRankSum(a, b, merge_runs(parts))(y, x)
     torch.testing.assert_close(y.float(), wanted, rtol=2**-7, atol=5e-2)
 
 
 def test_operands_that_dont_fit_are_refused(library: Native) -> None:
     a, b, x, y = halves(2, 8, 24), halves(2, 8, 40), halves(3, 24), halves(3, 40)
     rows = torch.zeros(3, dtype=torch.int32)
+
+    def apply(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, start: int = 0, length: int = 1) -> None:
+        library.low_rank_sum(a, b, rows, start=start, length=length)(y, x)
+
     for wrong in (
         (y, x[:, :20], a, b, rows),
         (y[:, :39], x, a, b, rows),
@@ -117,10 +123,10 @@ def test_operands_that_dont_fit_are_refused(library: Native) -> None:
         (y, x, halves(2, 8, 48)[:, :, ::2], b, rows),
     ):
         with pytest.raises(ValueError, match="fit"):
-            library.add_low_rank(*wrong)
+            apply(*wrong)
     for start, length in ((-1, 1), (1, 1), (0, 2)):
         with pytest.raises(ValueError, match="fit"):
-            library.add_low_rank(y, x, a, b, rows, start=start, length=length)
+            apply(y, x, a, b, rows, start=start, length=length)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -10,6 +10,7 @@ import functools
 import logging
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch  # its OpenMP runtime must be in the process first: ours is then the same, with the same threads
@@ -24,11 +25,64 @@ COMPILE_SECONDS = 60
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
-    "add_low_rank": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 6, _POINTER],
+    "add_low_rank": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 4, *[_INT] * 6],
     "dense_product": [_POINTER, _INT, *[_POINTER] * 2, *[_INT] * 3],
     "paged_decode": [*[_POINTER] * 6, ctypes.c_float, *[_INT] * 6],
-    "nf4_product": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4],
+    "nf4_product": [*[_POINTER] * 5, *[_INT] * 4],
 }
+
+
+class NF4Product:
+    """x times one weight; what doesn't change from step to step is looked up and checked once."""
+
+    def __init__(self, function: Callable[..., None], weight: tuple[Tensor, Tensor, Tensor], *, tiles: bool) -> None:
+        packed, scales, code = weight
+        n, k = packed.shape[0], packed.shape[1] * 2
+        _require(scales.shape == (k // 64, n) and code.shape == (16,))
+        _require(all(tensor.is_contiguous() for tensor in weight))
+        self._function, self._tiles = function, tiles
+        self._n, self._k = n, k
+        self._weight = weight  # whose memory lives as long as this
+        self._pointers = packed.data_ptr(), scales.data_ptr(), code.data_ptr()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x[…, k], tokens side by side, to […, n], both bfloat16. A token's outputs are the same to the bit whatever
+        tokens stand beside it.
+        """
+        *tokens, k = x.shape
+        _require(k == self._k and x.is_contiguous())
+        y = torch.empty(*tokens, self._n, dtype=torch.bfloat16)
+        self._function(x.data_ptr(), *self._pointers, y.data_ptr(), x.numel() // k, self._n, k, self._tiles)
+        return y
+
+
+class LowRankSum:
+    """y[t, out] += (x[t, in] a[row]ᵀ) b[row] in place, for `length` tokens of each of rows[n], from `start` on; what a
+    batch's layer doesn't change from step to step is looked up and checked once.
+    """
+
+    def __init__(
+        self, function: Callable[..., None], a: Tensor, b: Tensor, rows: Tensor, *, start: int, length: int
+    ) -> None:
+        (height, rank, width), out, count = a.shape, b.shape[2], rows.numel()
+        _require(b.shape == (height, rank, out) and a.is_contiguous() and b.is_contiguous() and start >= 0)
+        self._function = function
+        self._width, self._out, self._stop = width, out, start + count * length
+        between = torch.empty(count * length * rank, dtype=torch.float32)
+        self._tensors = a, b, rows, between  # whose memory lives as long as this
+        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
+        self._sizes = start, count, length, rank, width, out
+
+    def __call__(self, y: Tensor, x: Tensor) -> None:
+        """bfloat16. Each token of y[T, out] and x[T, in], which may be the same tensor, is contiguous."""
+        (tokens, width), (y_stride, y_step), (x_stride, x_step) = x.shape, y.stride(), x.stride()
+        _require(
+            y_step == x_step == 1
+            and width == self._width
+            and self._stop <= tokens
+            and y.shape == (tokens, self._out)
+        )
+        self._function(y.data_ptr(), y_stride, x.data_ptr(), x_stride, *self._pointers, *self._sizes)
 
 
 class Native:
@@ -53,29 +107,9 @@ class Native:
         self._nf4_product = library.nf4_product
         self._paged_decode = library.paged_decode
 
-    def add_low_rank(
-        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, *, start: int = 0, length: int = 1
-    ) -> None:
-        """y[t, out] += (x[t, in] a[row]ᵀ) b[row] in place, for `length` tokens of each of rows[n], from `start` on.
-
-        bfloat16, rows int32. a[R, r, in] and b[R, r, out] are contiguous, and so is each token of y[T, out] and
-        x[T, in], which may be the same tensor.
-        """
-        (tokens, width), (height, rank, out), count = x.shape, b.shape, rows.numel()
-        (y_stride, y_step), (x_stride, x_step) = y.stride(), x.stride()
-        _require(
-            y.shape == (tokens, out)
-            and a.shape == (height, rank, width)
-            and 0 <= start <= tokens - count * length
-            and y_step == x_step == 1
-            and a.is_contiguous()
-            and b.is_contiguous()
-        )
-        v = torch.empty(count * length * rank, dtype=torch.float32)
-        self._add_low_rank(
-            y.data_ptr(), y_stride, x.data_ptr(), x_stride, a.data_ptr(), b.data_ptr(), rows.data_ptr(),
-            start, count, length, rank, width, out, v.data_ptr(),
-        )  # fmt: skip
+    def low_rank_sum(self, a: Tensor, b: Tensor, rows: Tensor, *, start: int = 0, length: int = 1) -> LowRankSum:
+        """For contiguous a[R, r, in] and b[R, r, out], bfloat16, and rows[n], int32."""
+        return LowRankSum(self._add_low_rank, a, b, rows, start=start, length=length)
 
     def dense_product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x[T, k] times weight[n, k]: [T, n], all bfloat16."""
@@ -85,18 +119,9 @@ class Native:
         self._dense_product(x.data_ptr(), x.stride(0), weight.data_ptr(), y.data_ptr(), tokens, n, k)
         return y
 
-    def nf4_product(self, x: Tensor, packed: Tensor, scales: Tensor, code: Tensor) -> Tensor:
-        """x[T, k] times the weight: [T, n], both bfloat16, given packed[n, k/2] uint8, scales[k/64, n] bfloat16 and
-        code[16] float32. A token's outputs are the same to the bit whatever tokens stand beside it.
-        """
-        (tokens, k), (n, half_k), (stride, step) = x.shape, packed.shape, x.stride()
-        _require(step == 1 and half_k * 2 == k)
-        y = torch.empty(tokens, n, dtype=torch.bfloat16)
-        self._nf4_product(
-            x.data_ptr(), stride, packed.data_ptr(), scales.data_ptr(), code.data_ptr(), y.data_ptr(),
-            tokens, n, k, self.has_tiles,
-        )  # fmt: skip
-        return y
+    def nf4_product(self, packed: Tensor, scales: Tensor, code: Tensor) -> NF4Product:
+        """For packed[n, k/2] uint8, scales[k/64, n] bfloat16 and code[16] float32."""
+        return NF4Product(self._nf4_product, (packed, scales, code), tiles=self.has_tiles)
 
     def paged_decode(
         self, q: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, mask: Tensor, scale: float

@@ -56,8 +56,8 @@ static void expand_few(bfloat16 *y, int64_t y_stride, const float *v, int64_t ra
 // Each of the `count` rows of a[…, rank, in] and b[…, rank, out] meets `length` tokens of y and x, which may be the same,
 // one after the other from `start` on; v[count · length, rank] is overwritten.
 void add_low_rank(bfloat16 *y, int64_t y_stride, const bfloat16 *x, int64_t x_stride, const bfloat16 *a,
-                  const bfloat16 *b, const int32_t *rows, int64_t start, int64_t count, int64_t length, int64_t rank,
-                  int64_t in, int64_t out, float *v) {
+                  const bfloat16 *b, const int32_t *rows, float *v, int64_t start, int64_t count, int64_t length,
+                  int64_t rank, int64_t in, int64_t out) {
     const int64_t parts = (length + GROUP - 1) / GROUP;
     const int64_t ranks = (rank + GROUP - 1) / GROUP, chunks = (out + CHUNK - 1) / CHUNK;
     y += start * y_stride;

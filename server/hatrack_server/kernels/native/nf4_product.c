@@ -17,17 +17,17 @@
 
 enum { MOST = 256 };  // tokens whose sums for a group, and whose inputs, stay in the nearer caches
 
-typedef void SumUp(float (*sums)[GROUP], const bfloat16 *x, int64_t stride, const uint8_t *packed,
-                   const bfloat16 *scales, __m512i values, int64_t tokens, int64_t n, int64_t k);
+typedef void SumUp(float (*sums)[GROUP], const bfloat16 *x, const uint8_t *packed, const bfloat16 *scales,
+                   __m512i values, int64_t tokens, int64_t n, int64_t k);
 
-static void up_to_most(SumUp sum_up, const bfloat16 *x, int64_t stride, const uint8_t *packed, const bfloat16 *scales,
+static void up_to_most(SumUp *sum_up, const bfloat16 *x, const uint8_t *packed, const bfloat16 *scales,
                        const float *code, bfloat16 *y, int64_t tokens, int64_t n, int64_t k) {
     bfloat16 values[32];
     for (int lane = 0; lane < 32; lane++) values[lane] = narrow(code[lane % 16]);
 #pragma omp parallel for schedule(static)
     for (int64_t output = 0; output < n; output += GROUP) {
         float sums[MOST][GROUP] __attribute__((aligned(64)));
-        sum_up(sums, x, stride, packed + output * (k / 2), scales + output, _mm512_loadu_si512(values), tokens, n, k);
+        sum_up(sums, x, packed + output * (k / 2), scales + output, _mm512_loadu_si512(values), tokens, n, k);
         for (int64_t t = 0; t < tokens; t++) {
             const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_load_ps(sums[t] + HALF), _mm512_load_ps(sums[t]));
             _mm512_storeu_si512(y + t * n + output, (__m512i)rounded);
@@ -48,15 +48,14 @@ int request_tiles(void) {
 }
 
 // y[tokens, n] = x[tokens, k] Wᵀ for packed[n / 32, k / 2, 32], scales[k / 64, n] and code[16].
-void nf4_product(const bfloat16 *x, int64_t x_stride, const uint8_t *packed, const bfloat16 *scales, const float *code,
-                 bfloat16 *y, int64_t tokens, int64_t n, int64_t k, int64_t tiles) {
+void nf4_product(const bfloat16 *x, const uint8_t *packed, const bfloat16 *scales, const float *code, bfloat16 *y,
+                 int64_t tokens, int64_t n, int64_t k, int64_t tiles) {
     SumUp *sum_up = sum_up_in_vectors;
 #ifdef TILES
     if (tiles) sum_up = sum_up_in_tiles;
 #endif
     for (int64_t t = 0; t < tokens; t += MOST)
-        up_to_most(sum_up, x + t * x_stride, x_stride, packed, scales, code, y + t * n,
-                   tokens - t < MOST ? tokens - t : MOST, n, k);
+        up_to_most(sum_up, x + t * k, packed, scales, code, y + t * n, tokens - t < MOST ? tokens - t : MOST, n, k);
 }
 
 #else

@@ -75,8 +75,8 @@ static inline void multiply(float products[CHUNK][GROUP], const bfloat16 *x, int
 }
 
 // sums[tokens, group] of all inputs.
-static void sum_up_in_tiles(float (*sums)[GROUP], const bfloat16 *x, int64_t stride, const uint8_t *packed,
-                            const bfloat16 *scales, __m512i values, int64_t tokens, int64_t n, int64_t k) {
+static void sum_up_in_tiles(float (*sums)[GROUP], const bfloat16 *x, const uint8_t *packed, const bfloat16 *scales,
+                            __m512i values, int64_t tokens, int64_t n, int64_t k) {
     Weights weights;
     float products[CHUNK][GROUP] __attribute__((aligned(64)));
     memset(sums, 0, tokens * sizeof *sums);
@@ -87,7 +87,7 @@ static void sum_up_in_tiles(float (*sums)[GROUP], const bfloat16 *x, int64_t str
         for (int64_t first = 0; first < tokens; first += CHUNK) {
             const int64_t some = tokens - first < CHUNK ? tokens - first : CHUNK;
             if (some < CHUNK && first) shape_tiles(some);
-            multiply(products, x + first * stride + input, stride, weights, some > TOKENS);
+            multiply(products, x + first * k + input, k, weights, some > TOKENS);
             for (int64_t t = 0; t < some; t++)
                 add_scaled(sums[first + t], _mm512_load_ps(products[t]), _mm512_load_ps(products[t] + HALF), low_scales,
                            high_scales);

@@ -10,7 +10,7 @@ enum { TOGETHER = 8 };  // tokens for which one look-up serves: their sums take 
 // sums[tokens, group] of all inputs, for tokens whose number the compiler knows.
 //
 // Codes are read in one stream: at two places of a page in turn, the processor sees no stream to read ahead in.
-__attribute__((always_inline)) static inline void sum_together(float (*sums)[GROUP], const bfloat16 *x, int64_t stride,
+__attribute__((always_inline)) static inline void sum_together(float (*sums)[GROUP], const bfloat16 *x,
                                                                const uint8_t *packed, const bfloat16 *scales, int64_t n,
                                                                __m512i values, int64_t k, const int tokens) {
     memset(sums, 0, tokens * sizeof *sums);
@@ -23,7 +23,7 @@ __attribute__((always_inline)) static inline void sum_together(float (*sums)[GRO
 #pragma GCC unroll 8
             for (int t = 0; t < tokens; t++) {
                 int32_t inputs;
-                memcpy(&inputs, x + t * stride + input + pair * 2, sizeof inputs);
+                memcpy(&inputs, x + t * k + input + pair * 2, sizeof inputs);
                 const __m512bh everywhere = (__m512bh)_mm512_set1_epi32(inputs);
                 low[t] = _mm512_dpbf16_ps(low[t], (__m512bh)weights.low, everywhere);
                 high[t] = _mm512_dpbf16_ps(high[t], (__m512bh)weights.high, everywhere);
@@ -37,12 +37,12 @@ __attribute__((always_inline)) static inline void sum_together(float (*sums)[GRO
 }
 
 // sums[tokens, group] of all inputs.
-static void sum_up_in_vectors(float (*sums)[GROUP], const bfloat16 *x, int64_t stride, const uint8_t *packed,
-                              const bfloat16 *scales, __m512i values, int64_t tokens, int64_t n, int64_t k) {
+static void sum_up_in_vectors(float (*sums)[GROUP], const bfloat16 *x, const uint8_t *packed, const bfloat16 *scales,
+                              __m512i values, int64_t tokens, int64_t n, int64_t k) {
     for (int64_t t = 0; t < tokens; t += TOGETHER)
         switch (tokens - t) {
 #define CASE(label, some) \
-    label: sum_together(sums + t, x + t * stride, stride, packed, scales, n, values, k, some); break;
+    label: sum_together(sums + t, x + t * k, packed, scales, n, values, k, some); break;
             CASE(case 1, 1) CASE(case 2, 2) CASE(case 3, 3) CASE(case 4, 4) CASE(case 5, 5) CASE(case 6, 6)
             CASE(case 7, 7) CASE(default, TOGETHER)
 #undef CASE
