@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,30 +15,16 @@ from hatrack_server.adapters.slots import Slot
 from hatrack_server.kernels.runs import Run, merge_runs
 
 
-class PoolAction:
-    """What one pool's pieces do in one batch (see Action)."""
-
-    def __init__(self, pool: Pool, runs: list[Run]) -> None:
-        self._pool, self._runs = pool, runs
-        self._bind()
-
-    def __call__(self, values: Tensor, x: Tensor) -> None:
-        """See Action."""
-        if self._stacks is not self._pool.stacks:  # it grew; rows in use are alike in both, but the old take memory
-            self._bind()
-        self._act(values, x)
-
-    def _bind(self) -> None:
-        self._stacks = self._pool.stacks
-        self._act = self._pool.kind.bind(self._stacks, self._runs)
-
-
 class ModuleEffect:
     """All pieces that act at one module in one batch."""
 
     def __init__(self, runs: Mapping[Pool, list[Run]]) -> None:
         in_order = sorted(runs.items(), key=lambda found: found[0].kind.stage)
-        actions = [(pool.kind.stage, PoolAction(pool, runs)) for pool, runs in in_order]
+        self.stacks = [(pool, pool.stacks) for pool, _ in in_order]  # that its actions read
+        actions = [
+            (pool.kind.stage, pool.kind.bind(stacks, runs))
+            for (pool, runs), (_, stacks) in zip(in_order, self.stacks, strict=True)
+        ]
         self._on_input = [act for stage, act in actions if stage is Stage.INPUT]
         self._on_output = [act for stage, act in actions if stage is not Stage.INPUT]
 
@@ -73,16 +59,19 @@ class BatchEffects:
         self._head = head
         self._rows: list[Row] = []
         self._effects: dict[str, ModuleEffect] = {}
+        self._stacks: list[tuple[Pool, Any]] = []
 
     def build(self, parts: Iterable[tuple[Slot | None, int, int]]) -> dict[str, ModuleEffect]:
         """`parts` gives each sequence's slot, number of tokens and position of the first, in the batch's order."""
         rows = [Row(slot, tokens, min(position, slot.soft_tokens if slot else 0)) for slot, tokens, position in parts]
-        if rows != self._rows:
+        # Where a pool has grown, rows in use are alike in both, but its old stacks would go on taking memory.
+        if rows != self._rows or any(pool.stacks is not stacks for pool, stacks in self._stacks):
             self._rows = rows
             self._effects = _effects(_segments(rows))
             if self._head in self._effects:
                 last_tokens = [row._replace(tokens=1) for row in rows]
                 self._effects[self._head] = _effects(_segments(last_tokens))[self._head]
+            self._stacks = [read for effect in self._effects.values() for read in effect.stacks]
         return self._effects
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -114,6 +115,24 @@ def test_a_program_loaded_again_elsewhere_is_another(programs: Programs) -> None
     old = programs.slots[0]
     first = effects.build([(old, 1, 0)])
     assert effects.build([(Slot(old.places), 1, 0)]) is not first
+
+
+def test_no_stacks_are_kept_that_a_pool_has_left(programs: Programs) -> None:
+    effects = BatchEffects()
+    rows: Rows = [(0, 1), (1, 1)]
+    first = effects.build(programs.rows(rows))
+    pool = next(place.pool for place in programs.slots[0].places if place.pool.module == "q")
+    old = weakref.ref(pool.stacks[0])
+    pool.grow(len(pool.stacks[0]))
+    assert old() is not None
+    y, x = inputs("q", rows)
+    wanted = programs.reference("q", rows, y, x)
+    second = effects.build(programs.rows(rows))
+    assert second is not first
+    del first
+    assert old() is None
+    second["q"].output(y, x)
+    torch.testing.assert_close(y, wanted)
 
 
 def test_a_callers_list_may_change_afterwards(programs: Programs) -> None:

@@ -28,8 +28,9 @@ def halves(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-# The middle one has more outputs than a thread makes at a time, and none of its sizes fills whole vectors.
-@pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (3, 77, 1111), (1, 1, 1)])
+# The second has more outputs than a thread makes at a time, and none of its sizes fills whole vectors; the last two have
+# just the ranks that are summed up together, and more.
+@pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (3, 77, 1111), (1, 1, 1), (16, 64, 96), (40, 32, 300)])
 @pytest.mark.parametrize("skew", SKEWS)
 def test_low_rank_equals_its_reference(library: Native, skew: str, rank: int, width: int, out: int) -> None:
     rows = torch.tensor(SKEWS[skew], dtype=torch.int32)
@@ -44,7 +45,7 @@ def test_low_rank_equals_its_reference(library: Native, skew: str, rank: int, wi
 
 
 @pytest.mark.parametrize("length", [2, 4, 7])
-@pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (6, 77, 300)])
+@pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (6, 77, 300), (16, 32, 96), (33, 32, 50)])
 def test_low_rank_of_several_tokens_to_a_row(library: Native, rank: int, width: int, out: int, length: int) -> None:
     rows = [4, 0, 7]
     a, b = halves(ROWS, rank, width), halves(ROWS, rank, out, seed=1)

@@ -77,10 +77,7 @@ class LowRankSum:
         """bfloat16. Each token of y[T, out] and x[T, in], which may be the same tensor, is contiguous."""
         (tokens, width), (y_stride, y_step), (x_stride, x_step) = x.shape, y.stride(), x.stride()
         _require(
-            y_step == x_step == 1
-            and width == self._width
-            and self._stop <= tokens
-            and y.shape == (tokens, self._out)
+            y_step == x_step == 1 and width == self._width and self._stop <= tokens and y.shape == (tokens, self._out)
         )
         self._function(y.data_ptr(), y_stride, x.data_ptr(), x_stride, *self._pointers, *self._sizes)
 

@@ -43,6 +43,16 @@ static inline lanes widen_lanes(const bfloat16 *from) {
 #endif
 }
 
+// To LANES values that lie side by side.
+static inline void narrow_lanes(bfloat16 *to, lanes values) {
+#ifdef __AVX512BF16__
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)values);
+    memcpy(to, &rounded, sizeof rounded);
+#else
+    for (int lane = 0; lane < LANES; lane++) to[lane] = narrow(values[lane]);
+#endif
+}
+
 // 2 LANES values that lie side by side.
 static inline pairs load_pairs(const bfloat16 *from) {
     pairs values;

@@ -2,32 +2,53 @@
 #include "dot.h"
 
 enum { CHUNK = 256 };  // outputs that one thread makes at a time: their sums stay in its nearest cache
+enum { SLAB = 16 };    // ranks whose products are summed up in registers; more rows of b would push each other out
 
-// sums[tokens, 0 … n) += v[tokens, ranks] b[ranks, 0 … n), the rows of b being `stride` apart, as those at `next`, for
-// which it asks.
-static inline __attribute__((always_inline)) void add_scaled(float (*sums)[CHUNK], const float *v, int64_t v_stride,
-                                                             const bfloat16 *b, const bfloat16 *next, int64_t stride,
-                                                             int64_t n, const int tokens, const int ranks) {
-    lanes factors[GROUP][GROUP] = {0};  // in registers, where a store to `sums` can't change them
-    for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < ranks; r++) factors[t][r] += v[t * v_stride + r];
+// Adds v[tokens, ranks] b[ranks, 0 … n) to sums[tokens, 0 … n), which the first slab of a rank begins, and the last one
+// adds to y[tokens, 0 … n), rounded once. The rows of b are `stride` apart, as those at `next`, for which it asks.
+static inline __attribute__((always_inline)) void add_slab(bfloat16 *y, int64_t y_stride, float (*sums)[CHUNK],
+                                                           const float *v, int64_t v_stride, const bfloat16 *b,
+                                                           const bfloat16 *next, int64_t stride, int64_t n,
+                                                           const int tokens, const int64_t ranks, const int first,
+                                                           const int last) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        lanes weights[GROUP];
-        for (int r = 0; r < ranks; r++) {
-            weights[r] = widen_lanes(b + r * stride + i);
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {  // a cache line of each row: so none is read twice
+        lanes low[GROUP] = {0}, high[GROUP] = {0};
+        for (int t = 0; t < tokens && !first; t++) {
+            memcpy(&low[t], sums[t] + i, sizeof low[t]);
+            memcpy(&high[t], sums[t] + i + LANES, sizeof high[t]);
+        }
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < ranks; r++) {
+            const bfloat16 *weights = b + r * stride + i;
+            const lanes low_weights = widen_lanes(weights), high_weights = widen_lanes(weights + LANES);
             __builtin_prefetch(next + r * stride + i, 0, 2);
+            for (int t = 0; t < tokens; t++) {
+                low[t] += v[t * v_stride + r] * low_weights;
+                high[t] += v[t * v_stride + r] * high_weights;
+            }
         }
         for (int t = 0; t < tokens; t++) {
-            lanes sum;
-            memcpy(&sum, sums[t] + i, sizeof sum);
-            for (int r = 0; r < ranks; r++) sum += factors[t][r] * weights[r];
-            memcpy(sums[t] + i, &sum, sizeof sum);
+            bfloat16 *own = y + t * y_stride + i;
+            if (last) {
+                narrow_lanes(own, widen_lanes(own) + low[t]);
+                narrow_lanes(own + LANES, widen_lanes(own + LANES) + high[t]);
+            } else {
+                memcpy(sums[t] + i, &low[t], sizeof low[t]);
+                memcpy(sums[t] + i + LANES, &high[t], sizeof high[t]);
+            }
         }
     }
-    for (; i < n; i++)
-        for (int t = 0; t < tokens; t++)
-            for (int r = 0; r < ranks; r++) sums[t][i] += v[t * v_stride + r] * widen(b[r * stride + i]);
+    for (; i < n; i++) {
+        for (int t = 0; t < tokens; t++) {
+            float sum = first ? 0 : sums[t][i];
+            for (int64_t r = 0; r < ranks; r++) sum += v[t * v_stride + r] * widen(b[r * stride + i]);
+            if (last)
+                y[t * y_stride + i] = narrow(widen(y[t * y_stride + i]) + sum);
+            else
+                sums[t][i] = sum;
+        }
+    }
 }
 
 // y[tokens, 0 … n) += v[tokens, rank] b[rank, 0 … n), rounded once.
@@ -35,13 +56,18 @@ static inline __attribute__((always_inline)) void expand(bfloat16 *y, int64_t y_
                                                          const bfloat16 *b, const bfloat16 *next, int64_t stride,
                                                          int64_t n, const int tokens) {
     float sums[GROUP][CHUNK] __attribute__((aligned(64)));
-    memset(sums, 0, tokens * sizeof *sums);
+#define ADD(ranks, first, last)                                                                                  \
+    add_slab(y, y_stride, sums, v + r, rank, b + r * stride, next + r * stride, stride, n, tokens, ranks, first, last)
     int64_t r = 0;
-    for (; r + GROUP <= rank; r += GROUP)
-        add_scaled(sums, v + r, rank, b + r * stride, next + r * stride, stride, n, tokens, GROUP);
-    for (; r < rank; r++) add_scaled(sums, v + r, rank, b + r * stride, next + r * stride, stride, n, tokens, 1);
-    for (int t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < n; i++) y[t * y_stride + i] = narrow(widen(y[t * y_stride + i]) + sums[t][i]);
+    if (rank == SLAB) {
+        ADD(SLAB, 1, 1);
+    } else if (rank < SLAB) {
+        ADD(rank, 1, 1);
+    } else {
+        for (; r + SLAB < rank; r += SLAB) ADD(SLAB, r == 0, 0);
+        ADD(rank - r, 0, 1);
+    }
+#undef ADD
 }
 
 static void expand_few(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank, const bfloat16 *b,
