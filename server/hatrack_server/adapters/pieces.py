@@ -51,8 +51,8 @@ Stack = Tensor | list[Tensor]
 Action = Callable[[Tensor, Tensor], None]
 """Changes values[T, …] in place, given x[T, …]: values are a module's output, or at Stage.INPUT a copy of its input.
 
-x is what the module got: a linear layer its input, the embedding token ids, attention its queries; a norm its input as it
-is normalised, before any weight.
+x is what the module got: a linear layer its input, the embedding token ids, attention its queries; a norm its input as
+it is normalised, before any weight.
 """
 
 

@@ -79,3 +79,25 @@ static inline float sum_lanes(lanes values) {
     return sum;
 #endif
 }
+
+// For each of 4x4 vectors the sum of its lanes: sums[column][row].
+static inline void sum_lanes_of_16(float sums[4][4], lanes vectors[4][4]) {
+#ifdef __AVX512F__  // by halves: of two vectors, two shuffles and a sum make one that has half as many lanes of each
+#define ADD(one, other) (__m512)((lanes)(one) + (lanes)(other))
+    __m512 rows[4];
+    for (int row = 0; row < 4; row++) {
+        const __m512 *v = (const __m512 *)vectors[row];
+        const __m512 left = ADD(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+        const __m512 right = ADD(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+        rows[row] = ADD(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
+    }
+    const __m512d upper = (__m512d)ADD(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+    const __m512d lower = (__m512d)ADD(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+    const __m512 all = ADD(_mm512_unpacklo_pd(upper, lower), _mm512_unpackhi_pd(upper, lower));
+    memcpy(sums, &all, sizeof all);
+#undef ADD
+#else
+    for (int row = 0; row < 4; row++)
+        for (int column = 0; column < 4; column++) sums[column][row] = sum_lanes(vectors[row][column]);
+#endif
+}

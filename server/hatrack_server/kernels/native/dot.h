@@ -5,43 +5,48 @@
 
 enum { GROUP = 4 };  // of each: four places are read at a time
 
-// v[tokens, rows] = x[tokens, n] a[rows, n]ᵀ, with at most GROUP of both; constants where this is inlined. Asks for as
+// v[tokens, rows] = x[tokens, n] a[rows][n]ᵀ, with at most GROUP of both; constants where this is inlined. Asks for as
 // much at `next`, into the second cache.
 static inline __attribute__((always_inline)) void dot(float *v, int64_t v_stride, const bfloat16 *x, int64_t x_stride,
-                                                      const bfloat16 *a, const bfloat16 *next, int64_t n,
+                                                      const bfloat16 *const *a, const bfloat16 *const *next, int64_t n,
                                                       const int tokens, const int rows) {
-    lanes sums[GROUP][GROUP] = {0};
+    lanes vectors[GROUP][GROUP] = {0};
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
         pairs inputs[GROUP];
         for (int t = 0; t < tokens; t++) inputs[t] = load_pairs(x + t * x_stride + i);
         for (int r = 0; r < rows; r++) {
-            const pairs weights = load_pairs(a + r * n + i);
-            __builtin_prefetch(next + r * n + i, 0, 2);
-            for (int t = 0; t < tokens; t++) sums[t][r] = add_dot(sums[t][r], inputs[t], weights);
+            const pairs weights = load_pairs(a[r] + i);
+            __builtin_prefetch(next[r] + i, 0, 2);
+            for (int t = 0; t < tokens; t++) vectors[r][t] = add_dot(vectors[r][t], inputs[t], weights);
         }
     }
-    for (int t = 0; t < tokens; t++) {
-        for (int r = 0; r < rows; r++) {
-            float sum = sum_lanes(sums[t][r]);
-            for (int64_t j = i; j < n; j++) sum += widen(x[t * x_stride + j]) * widen(a[r * n + j]);
-            v[t * v_stride + r] = sum;
-        }
-    }
+    float sums[GROUP][GROUP];
+    if (tokens == GROUP && rows == GROUP)
+        sum_lanes_of_16(sums, vectors);
+    else
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < rows; r++) sums[t][r] = sum_lanes(vectors[r][t]);
+    for (; i < n; i++)
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < rows; r++) sums[t][r] += widen(x[t * x_stride + i]) * widen(a[r][i]);
+    for (int t = 0; t < tokens; t++) memcpy(v + t * v_stride, sums[t], rows * sizeof *v);
 }
 
-// The same for numbers that are not known before: in fours where there are as many.
+// The same for numbers that are not known before, and rows that lie side by side: in fours where there are as many.
 static inline void dot_few(float *v, int64_t v_stride, const bfloat16 *x, int64_t x_stride, const bfloat16 *a,
                            const bfloat16 *next, int64_t n, int64_t tokens, int64_t rows) {
+    const bfloat16 *own[GROUP], *following[GROUP];
+    for (int64_t r = 0; r < rows; r++) own[r] = a + r * n, following[r] = next + r * n;
     if (tokens == GROUP && rows == GROUP) {
-        dot(v, v_stride, x, x_stride, a, next, n, GROUP, GROUP);
+        dot(v, v_stride, x, x_stride, own, following, n, GROUP, GROUP);
     } else if (rows == GROUP) {
         for (int64_t t = 0; t < tokens; t++)
-            dot(v + t * v_stride, v_stride, x + t * x_stride, x_stride, a, next, n, 1, GROUP);
+            dot(v + t * v_stride, v_stride, x + t * x_stride, x_stride, own, following, n, 1, GROUP);
     } else {
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t r = 0; r < rows; r++)
-                dot(v + t * v_stride + r, v_stride, x + t * x_stride, x_stride, a + r * n, next + r * n, n, 1, 1);
+                dot(v + t * v_stride + r, v_stride, x + t * x_stride, x_stride, own + r, following + r, n, 1, 1);
     }
 }
 

@@ -7,7 +7,7 @@
 
 enum { CHUNK = 256 };   // keys whose scores are kept
 enum { WIDEST = 512 };  // values of a head
-enum { AHEAD = 8 };     // keys that are asked for before their turn
+enum { AHEAD = 32 };    // keys that are asked for before their turn
 
 // e to the x, for x of 0 at most; NaN stays NaN. A polynomial of the sixth order for what powers of two leave.
 static inline lanes exponential(lanes x) {
@@ -24,23 +24,21 @@ static inline lanes exponential(lanes x) {
     return sum * (lanes)(((pairs)shifted + 127) << 23);
 }
 
-// sums[tokens, width] += weights[tokens, keys] of as many values; constants where this is inlined.
+// sums[tokens, vectors] += weights[tokens, keys] values[keys][vectors], from the value `first` on; `tokens` and `vectors`
+// are constants where this is inlined.
 static inline __attribute__((always_inline)) void add_values(float (*sums)[WIDEST], const float *weights,
-                                                             const bfloat16 *const *values, int64_t width,
-                                                             const int tokens, const int keys) {
-    lanes factors[GROUP][GROUP] = {0};
+                                                             const bfloat16 *const *values, int64_t first, int64_t keys,
+                                                             const int tokens, const int vectors) {
+    lanes own[GROUP][GROUP];
     for (int t = 0; t < tokens; t++)
-        for (int key = 0; key < keys; key++) factors[t][key] += weights[t * CHUNK + key];
-    for (int64_t i = 0; i < width; i += LANES) {
-        lanes own[GROUP];
-        for (int key = 0; key < keys; key++) own[key] = widen_lanes(values[key] + i);
-        for (int t = 0; t < tokens; t++) {
-            lanes sum;
-            memcpy(&sum, sums[t] + i, sizeof sum);
-            for (int key = 0; key < keys; key++) sum += factors[t][key] * own[key];
-            memcpy(sums[t] + i, &sum, sizeof sum);
+        for (int i = 0; i < vectors; i++) memcpy(&own[t][i], sums[t] + first + i * LANES, sizeof own[t][i]);
+    for (int64_t key = 0; key < keys; key++)
+        for (int i = 0; i < vectors; i++) {
+            const lanes value = widen_lanes(values[key] + first + i * LANES);
+            for (int t = 0; t < tokens; t++) own[t][i] += weights[t * CHUNK + key] * value;
         }
-    }
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < vectors; i++) memcpy(sums[t] + first + i * LANES, &own[t][i], sizeof own[t][i]);
 }
 
 // Turns scores[keys] into weights over e to the `highest` of all so far, and keeps that and their total; returns what
@@ -87,21 +85,23 @@ static inline __attribute__((always_inline)) void attend(bfloat16 *out, const bf
                 values[seen++] = head.values + slots[i] * head.value_stride;
             }
         if (!seen) continue;
-        for (int64_t key = 0; key < seen; key++) {
+        for (int64_t key = 0; key < seen; key++)
             for (int64_t i = 0; i < head.value_width; i += 2 * LANES) __builtin_prefetch(values[key] + i);
-            dot(scores[0] + key, CHUNK, queries, head.key_width, keys[key], keys[least(key + AHEAD, seen - 1)],
-                head.key_width, tokens, 1);
-        }
+        int64_t key = 0;
+        for (; key + GROUP <= seen; key += GROUP)
+            dot(scores[0] + key, CHUNK, queries, head.key_width, keys + key, keys + least(key + AHEAD, seen - GROUP),
+                head.key_width, tokens, GROUP);
+        for (; key < seen; key++)
+            dot(scores[0] + key, CHUNK, queries, head.key_width, keys + key, keys + key, head.key_width, tokens, 1);
         for (int t = 0; t < tokens; t++) {
             for (int64_t key = 0; key < seen; key++) scores[t][key] *= scale;
             const float earlier = weigh(scores[t], seen, highest + t, total + t);
             for (int64_t i = 0; i < head.value_width; i++) sums[t][i] *= earlier;
         }
-        int64_t key = 0;
-        for (; key + GROUP <= seen; key += GROUP)
-            add_values(sums, scores[0] + key, values + key, head.value_width, tokens, GROUP);
-        for (; key < seen; key++)
-            add_values(sums, scores[0] + key, values + key, head.value_width, tokens, 1);
+        int64_t i = 0;
+        for (; i + GROUP * LANES <= head.value_width; i += GROUP * LANES)
+            add_values(sums, scores[0], values, i, seen, tokens, GROUP);
+        for (; i < head.value_width; i += LANES) add_values(sums, scores[0], values, i, seen, tokens, 1);
     }
     for (int t = 0; t < tokens; t++)
         for (int64_t i = 0; i < head.value_width; i++) out[t * head.value_width + i] = narrow(sums[t][i] / total[t]);
