@@ -28,8 +28,8 @@ def halves(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-# The second has more outputs than a thread makes at a time, and none of its sizes fills whole vectors. The last two have
-# just as many ranks as are summed up together, and more.
+# The second has more outputs than a thread makes at a time, and none of its sizes fills whole vectors. The last two
+# have just as many ranks as are summed up together, and more.
 @pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (3, 77, 1111), (1, 1, 1), (16, 64, 96), (40, 32, 300)])
 @pytest.mark.parametrize("skew", SKEWS)
 def test_low_rank_equals_its_reference(library: Native, skew: str, rank: int, width: int, out: int) -> None:
