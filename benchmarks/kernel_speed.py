@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hatrack_server.kernels.bottleneck import add_bottleneck, add_bottleneck_reference
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
-from hatrack_server.kernels.low_rank import LowRankSum, add_low_rank_reference
+from hatrack_server.kernels.low_rank import BatchLowRank, add_low_rank_reference
 from hatrack_server.kernels.nf4_linear import keep_canonical, nf4_linear, nf4_linear_reference, pack
 from hatrack_server.kernels.paged_attention import paged_decode
 from hatrack_server.kernels.prefix_attention import add_prefix_attention, add_prefix_attention_reference
@@ -183,7 +183,7 @@ def low_rank_case(rows: int, tokens: int, *, scattered: bool = False) -> Case:
     run = [Run(0, tokens, chosen)]
     return Case(
         f"add_low_rank r={RANK}, {rows} x {tokens} tokens" + (", scattered" if scattered else ""),
-        [partial(LowRankSum(*s, run), y, x) for s in stacks],
+        [partial(BatchLowRank(*s, run), y, x) for s in stacks],
         rows * 2 * RANK * WIDTH * DTYPE.itemsize,
         4.0 * rows * tokens * RANK * WIDTH,
         lambda: add_low_rank_reference(y, x, *stacks[0], run),

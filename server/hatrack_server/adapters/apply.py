@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hatrack_server.adapters.pieces import Stage
+from hatrack_server.adapters.pieces import Action, Stage
 from hatrack_server.adapters.pools import Pool
 from hatrack_server.adapters.slots import Slot
 from hatrack_server.kernels.runs import Run, merge_runs
@@ -19,14 +19,14 @@ class ModuleEffect:
     """All pieces that act at one module in one batch."""
 
     def __init__(self, runs: Mapping[Pool, list[Run]]) -> None:
-        in_order = sorted(runs.items(), key=lambda found: found[0].kind.stage)
-        self.stacks = [(pool, pool.stacks) for pool, _ in in_order]  # that its actions read
-        actions = [
-            (pool.kind.stage, pool.kind.bind(stacks, runs))
-            for (pool, runs), (_, stacks) in zip(in_order, self.stacks, strict=True)
-        ]
-        self._on_input = [act for stage, act in actions if stage is Stage.INPUT]
-        self._on_output = [act for stage, act in actions if stage is not Stage.INPUT]
+        self.stacks: list[tuple[Pool, Any]] = []  # that its actions read
+        self._on_input: list[Action] = []
+        self._on_output: list[Action] = []
+        for pool, own in sorted(runs.items(), key=lambda found: found[0].kind.stage):
+            stacks = pool.stacks
+            self.stacks.append((pool, stacks))
+            actions = self._on_input if pool.kind.stage is Stage.INPUT else self._on_output
+            actions.append(pool.kind.bind(stacks, own))
 
     def input(self, x: Tensor) -> Tensor:
         """What a linear layer's product takes in place of x[T, in]; x itself is left as it is."""

@@ -21,7 +21,7 @@ from hatrack_server.adapters.peft_linear import precise
 from hatrack_server.adapters.rank_class import rank_class
 from hatrack_server.kernels.bottleneck import add_bottleneck
 from hatrack_server.kernels.kronecker import add_kronecker
-from hatrack_server.kernels.low_rank import LowRankSum, add_embedded
+from hatrack_server.kernels.low_rank import BatchLowRank, add_embedded
 from hatrack_server.kernels.prefix_attention import add_prefix_attention
 from hatrack_server.kernels.replacement import (
     replace_embedding,
@@ -135,7 +135,7 @@ class LowRank(Piece):
     def bind(cls, stacks: tuple[Any, ...], runs: list[Run]) -> Action:
         """See Piece."""
         a, b = stacks
-        return LowRankSum(a, b, runs)
+        return BatchLowRank(a, b, runs)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ COPIED_RANK = 16  # up to here, rows that don't lie side by side are copied into
 IN_PLACE, COPIED = 256, 1024
 
 
-class LowRankSum:
+class BatchLowRank:
     """y += (x Aᵀ) B for the tokens of each of a batch's adapters, as often as the batch takes a step."""
 
     def __init__(self, a: Tensor, b: Tensor, runs: list[Run]) -> None:
@@ -64,7 +64,7 @@ def _add_products(a: Tensor, b: Tensor, run: Run, y: Tensor, x: Tensor) -> None:
 
 
 def add_low_rank_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[Run]) -> None:
-    """What a `LowRankSum` does, token by token."""
+    """What a `BatchLowRank` does, token by token."""
     for token, row in each_token(runs):
         y[token] += b[row].mT @ (a[row] @ x[token].to(a.dtype))
 

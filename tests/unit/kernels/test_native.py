@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hatrack_server.kernels import native as module
-from hatrack_server.kernels.low_rank import LowRankSum, add_low_rank_reference
+from hatrack_server.kernels.low_rank import BatchLowRank, add_low_rank_reference
 from hatrack_server.kernels.native import Native
 from hatrack_server.kernels.runs import Run, merge_runs
 
@@ -104,7 +104,7 @@ def test_a_step_of_decodes_and_prompts_in_bfloat16(lengths: tuple[int, ...]) -> 
     x, y = halves(start, 64, seed=2), halves(start, 96, seed=3)
     wanted = y.float()
     add_low_rank_reference(wanted, x.float(), a.float(), b.float(), parts)
-    LowRankSum(a, b, merge_runs(parts))(y, x)
+    BatchLowRank(a, b, merge_runs(parts))(y, x)
     torch.testing.assert_close(y.float(), wanted, rtol=2**-7, atol=5e-2)
 
 

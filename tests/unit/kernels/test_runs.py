@@ -17,7 +17,7 @@ from hatrack_server.kernels.bottleneck import add_bottleneck, add_bottleneck_ref
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
 from hatrack_server.kernels.low_rank import (
     COPIED_RANK,
-    LowRankSum,
+    BatchLowRank,
     add_embedded,
     add_embedded_reference,
     add_low_rank_reference,
@@ -88,12 +88,12 @@ def tokens_reference(y: Tensor, x: Tensor, stacks: Stacks, runs: list[Run]) -> N
 KERNELS: dict[str, tuple[list[tuple[int, ...]], Kernel, Kernel]] = {
     "low rank": (
         [(3, IN), (3, OUT)],
-        lambda y, x, stacks, runs: LowRankSum(*stacks, runs=runs)(y, x),
+        lambda y, x, stacks, runs: BatchLowRank(*stacks, runs=runs)(y, x),
         lambda y, x, stacks, runs: add_low_rank_reference(y, x, *stacks, runs=runs),
     ),
     "low rank, a high one": (
         [(COPIED_RANK + 1, IN), (COPIED_RANK + 1, OUT)],
-        lambda y, x, stacks, runs: LowRankSum(*stacks, runs=runs)(y, x),
+        lambda y, x, stacks, runs: BatchLowRank(*stacks, runs=runs)(y, x),
         lambda y, x, stacks, runs: add_low_rank_reference(y, x, *stacks, runs=runs),
     ),
     "kronecker": (

@@ -33,12 +33,12 @@ _SIGNATURES = {
 
 
 class NF4Product:
-    """x times one weight; what doesn't change from step to step is looked up and checked once."""
+    """x times one weight; what doesn't change from call to call is looked up and checked once."""
 
     def __init__(self, function: Callable[..., None], weight: tuple[Tensor, Tensor, Tensor], *, tiles: bool) -> None:
         packed, scales, code = weight
         n, k = packed.shape[0], packed.shape[1] * 2
-        _require(scales.shape == (k // 64, n) and code.shape == (16,))
+        _require(n % 32 == k % 64 == 0 and scales.shape == (k // 64, n) and code.shape == (16,))
         _require(all(tensor.is_contiguous() for tensor in weight))
         self._function, self._tiles = function, tiles
         self._n, self._k = n, k
@@ -57,8 +57,8 @@ class NF4Product:
 
 
 class LowRankSum:
-    """y[t, out] += (x[t, in] a[row]ᵀ) b[row] in place, for `length` tokens of each of rows[n], from `start` on; what a
-    batch's layer doesn't change from step to step is looked up and checked once.
+    """y[t, out] += (x[t, in] a[row]ᵀ) b[row] in place, for `length` tokens of each of rows[n], from `start` on; what
+    doesn't change while a batch lives is looked up and checked once. Not for two threads at a time.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Native:
         return y
 
     def nf4_product(self, packed: Tensor, scales: Tensor, code: Tensor) -> NF4Product:
-        """For packed[n, k/2] uint8, scales[k/64, n] bfloat16 and code[16] float32."""
+        """For packed[n, k/2] uint8, scales[k/64, n] bfloat16 and code[16] float32, n in 32s and k in 64s."""
         return NF4Product(self._nf4_product, (packed, scales, code), tiles=self.has_tiles)
 
     def paged_decode(
