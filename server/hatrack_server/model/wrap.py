@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hatrack_server.kernels.nf4_linear import BaseLinear, keep_canonical, nf4_linear, pack
+from hatrack_server.kernels.rms_norm import fastest_norm
 
 
 class Effect(Protocol):
@@ -71,10 +72,11 @@ class AdaptedNorm(Adapted):
     def __init__(self, base: nn.Module, name: str, effects: Effects) -> None:
         super().__init__(base, name, effects)
         self.offset, self._normalise = _without_parameters(base)
+        self._norm = fastest_norm(base)
 
     def forward(self, x: Tensor) -> Tensor:
         """x[…, width] to the same shape: [1, T, width], or [T, width] where modelling code flattens it."""
-        y: Tensor = self.base(x)
+        y = self._norm(x)
         effect = self._effects.by_module.get(self.name)
         if effect is not None:
             normalised = self._normalise(x.float())  # so that what an adapter gives is rounded once

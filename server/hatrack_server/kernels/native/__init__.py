@@ -29,6 +29,7 @@ _SIGNATURES = {
     "dense_product": [_POINTER, _INT, *[_POINTER] * 2, *[_INT] * 3],
     "paged_decode": [*[_POINTER] * 6, ctypes.c_float, *[_INT] * 6],
     "nf4_product": [*[_POINTER] * 5, *[_INT] * 4],
+    "rms_norm": [*[_POINTER] * 3, ctypes.c_float, *[_INT] * 2],
 }
 
 
@@ -82,6 +83,23 @@ class LowRankSum:
         self._function(y.data_ptr(), y_stride, x.data_ptr(), x_stride, *self._pointers, *self._sizes)
 
 
+class RMSNorm:
+    """Root mean square normalisation with one weight."""
+
+    def __init__(self, function: Callable[..., None], weight: Tensor, epsilon: float) -> None:
+        _require(weight.dim() == 1 and len(weight) % 16 == 0 and weight.is_contiguous())
+        self._function, self._epsilon = function, epsilon
+        self._weight, self._pointer, self._width = weight, weight.data_ptr(), len(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x[…, width] to the same shape, contiguous bfloat16."""
+        width = self._width
+        _require(x.shape[-1] == width and x.is_contiguous())
+        y = torch.empty_like(x)
+        self._function(y.data_ptr(), x.data_ptr(), self._pointer, self._epsilon, x.numel() // width, width)
+        return y
+
+
 class Native:
     """The compiled library. Its functions run on torch's threads, without the GIL, and raise ValueError for operands of
     other shapes or layouts than they say.
@@ -103,6 +121,7 @@ class Native:
         self._dense_product = library.dense_product
         self._nf4_product = library.nf4_product
         self._paged_decode = library.paged_decode
+        self._rms_norm = library.rms_norm
 
     def low_rank_sum(self, a: Tensor, b: Tensor, rows: Tensor, *, start: int = 0, length: int = 1) -> LowRankSum:
         """For contiguous a[R, r, in] and b[R, r, out], bfloat16, and rows[n], int32."""
@@ -119,6 +138,10 @@ class Native:
     def nf4_product(self, packed: Tensor, scales: Tensor, code: Tensor) -> NF4Product:
         """For packed[n, k/2] uint8, scales[k/64, n] bfloat16 and code[16] float32, n in 32s and k in 64s."""
         return NF4Product(self._nf4_product, (packed, scales, code), tiles=self.has_tiles)
+
+    def rms_norm(self, weight: Tensor, epsilon: float) -> RMSNorm:
+        """For weight[width], bfloat16, in 16s."""
+        return RMSNorm(self._rms_norm, weight, epsilon)
 
     def paged_decode(
         self, q: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, mask: Tensor, scale: float
