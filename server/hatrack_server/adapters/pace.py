@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-BURST_SECONDS = 0.001
-PAUSE = 3.0  # times the burst before it: a step takes a third longer, and a load four times as long
+BURST_SECONDS = 0.0005
+PAUSE = 5.0  # times the burst before it: a step takes a fifth longer, and a load six times as long
 
 
 class Paced(TorchFunctionMode):
