@@ -12,21 +12,26 @@ from torch import Tensor
 from hatrack_server.adapters.pieces import Action, Stage
 from hatrack_server.adapters.pools import Pool
 from hatrack_server.adapters.slots import Slot
-from hatrack_server.kernels.runs import Run, merge_runs
+from hatrack_server.kernels.runs import Run, Runs, merge_runs
 
 
 class ModuleEffect:
     """All pieces that act at one module in one batch."""
 
     def __init__(self, runs: Mapping[Pool, list[Run]]) -> None:
-        self.stacks: list[tuple[Pool, Any]] = []  # that its actions read
+        self.stacks: list[tuple[Pool, Any]] = []  # that its actions hold on to
         self._on_input: list[Action] = []
         self._on_output: list[Action] = []
         for pool, own in sorted(runs.items(), key=lambda found: found[0].kind.stage):
-            stacks = pool.stacks
-            self.stacks.append((pool, stacks))
             actions = self._on_input if pool.kind.stage is Stage.INPUT else self._on_output
-            actions.append(pool.kind.bind(stacks, own))
+            actions.append(self._action(pool, own))
+
+    def _action(self, pool: Pool, runs: list[Run]) -> Action:
+        if pool.copies:  # at every growth, and a device's memory has no room for both
+            return lambda values, x: pool.kind.bind(pool.stacks, runs)(values, x)
+        stacks = pool.stacks
+        self.stacks.append((pool, stacks))
+        return pool.kind.bind(stacks, runs)
 
     def input(self, x: Tensor) -> Tensor:
         """What a linear layer's product takes in place of x[T, in]; x itself is left as it is."""
@@ -64,14 +69,15 @@ class BatchEffects:
     def build(self, parts: Iterable[tuple[Slot | None, int, int]]) -> dict[str, ModuleEffect]:
         """`parts` gives each sequence's slot, number of tokens and position of the first, in the batch's order."""
         rows = [Row(slot, tokens, min(position, slot.soft_tokens if slot else 0)) for slot, tokens, position in parts]
-        # Where a pool has grown, rows in use are alike in both, but its old stacks would go on taking memory.
+        # Where a pool has moved, rows in use are alike in both places, but the old one would go on taking memory.
         if rows != self._rows or any(pool.stacks is not stacks for pool, stacks in self._stacks):
-            self._rows = rows
-            self._effects = _effects(_segments(rows))
-            if self._head in self._effects:
-                last_tokens = [row._replace(tokens=1) for row in rows]
-                self._effects[self._head] = _effects(_segments(last_tokens))[self._head]
-            self._stacks = [read for effect in self._effects.values() for read in effect.stacks]
+            modules = _runs(_segments(rows))
+            if self._head in modules:
+                modules[self._head] = _runs(_segments(row._replace(tokens=1) for row in rows))[self._head]
+            effects = {module: ModuleEffect(pools) for module, pools in modules.items()}
+            # Not before all are there: a row that fails is tried again, and must not find another batch's.
+            self._rows, self._effects = rows, effects
+            self._stacks = [held for effect in effects.values() for held in effect.stacks]
         return self._effects
 
 
@@ -94,7 +100,8 @@ def _segments(rows: Iterable[Row]) -> list[tuple[Row, int]]:
 _Part = tuple[int, int, tuple[int, ...], int]  # what makes a Run
 
 
-def _effects(segments: list[tuple[Row, int]]) -> dict[str, ModuleEffect]:
+def _runs(segments: Iterable[tuple[Row, int]]) -> dict[str, dict[Pool, Runs]]:
+    """By module and pool."""
     modules: dict[str, dict[Pool, list[_Part]]] = defaultdict(lambda: defaultdict(list))
     for row, start in segments:
         for place in row.slot.places if row.slot else ():
@@ -102,10 +109,7 @@ def _effects(segments: list[tuple[Row, int]]) -> dict[str, ModuleEffect]:
                 modules[place.pool.module][place.pool].append((start, row.tokens, (place.row,), row.position))
 
     @functools.cache  # programs mostly lie alike in all their pools
-    def merged(parts: tuple[_Part, ...]) -> list[Run]:
+    def merged(parts: tuple[_Part, ...]) -> Runs:
         return merge_runs(Run(*part) for part in parts)
 
-    return {
-        module: ModuleEffect({pool: merged(tuple(parts)) for pool, parts in pools.items()})
-        for module, pools in modules.items()
-    }
+    return {module: {pool: merged(tuple(parts)) for pool, parts in pools.items()} for module, pools in modules.items()}

@@ -69,7 +69,7 @@ class Piece:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order in which `act` takes their stacks."""
+        """In the order in which `bind` takes their stacks."""
         return tuple(self._named_tensors.values())
 
     def with_tensors(self, make: Callable[[Tensor], Tensor]) -> Self:
@@ -98,7 +98,7 @@ class Piece:
 
     @staticmethod
     def act(values: Tensor, x: Tensor, stacks: tuple[Tensor, ...], runs: list[Run]) -> None:
-        """An Action of these stacks and runs, where nothing is worth being done once for a batch."""
+        """Acts as an Action does, on these stacks and runs: for kinds that have nothing to do once for a batch."""
         raise NotImplementedError
 
 

@@ -64,10 +64,7 @@ class Pool:
     def grow(self, rows: int, reserve: int = 0) -> None:
         """Adds free rows; `reserve` is how many there may come to be."""
         added = range(self.capacity, self.capacity + rows)
-        for stack in self._rows:
-            stack.grow(self.capacity, added.stop, reserve)
-        # Not before all have grown: the second may find no memory.
-        self._resize(added.stop)
+        self._put(tuple(stack.grown(self.capacity, added.stop, reserve) for stack in self._rows), added.stop)
         self._free.extend(added)  # higher than all others, so still a heap
 
     def take(self) -> int:
@@ -101,20 +98,21 @@ class Pool:
         rows = max(taken, default=-1) + 1
         if rows == self.capacity:
             return False
-        for stack in self._rows:
-            stack.trim(rows)
-        self._resize(rows)
+        self._put(tuple(stack.trimmed(rows) for stack in self._rows), rows)
         self._free = [row for row in range(rows) if row not in taken]  # in order, so a heap
         return True
 
-    def _resize(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.stacks = tuple(rows.rows for rows in self._rows)
+    def _put(self, rows: tuple[Rows, ...], capacity: int) -> None:
+        """All at once: where one tensor found no memory, the others must stay what they were, too."""
+        moved = any(new is not old for new, old in zip(rows, self._rows, strict=True))
+        self._rows, self.capacity = rows, capacity
+        if moved:
+            self.stacks = tuple(each.rows for each in rows)
 
     def _new_rows(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, lazy: bool) -> Rows:
         if not self.kind.stacked:
-            return SeparateRows(shape, dtype, device)
-        return ReservedRows(shape, dtype) if lazy else DenseRows(shape, dtype, device)
+            return SeparateRows.of(shape, dtype, device)
+        return ReservedRows(shape, dtype) if lazy else DenseRows.of(shape, dtype, device)
 
 
 class Pools:

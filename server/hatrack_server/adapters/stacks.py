@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 import mmap
 from contextlib import suppress
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 
 class Rows(Protocol):
-    """Rows of one shape. Those that are kept are alike, and where a reader has them, before and after a change."""
+    """Rows of one shape, which never change: more or fewer are other Rows. What is kept is alike in both."""
 
     @property
     def rows(self) -> Tensor | list[Tensor]:
         """What is read: those that were asked for, and maybe more behind them."""
 
-    def grow(self, kept: int, capacity: int, reserve: int) -> None:
-        """Makes room for `capacity` rows, the first `kept` as they are; `reserve` is how many there may come to be."""
+    def grown(self, kept: int, capacity: int, reserve: int) -> Self:
+        """`capacity` rows, the first `kept` as they are; `reserve` is how many there may come to be."""
 
-    def trim(self, kept: int) -> None:
-        """Gives the memory of all but the first `kept` rows back."""
+    def trimmed(self, kept: int) -> Self:
+        """The first `kept` rows, without the memory of the others."""
 
 
 class ReservedRows:
@@ -32,28 +33,34 @@ class ReservedRows:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._row_bytes = math.prod(shape) * dtype.itemsize
         self._memory: mmap.mmap | None = None
         self.rows: Tensor = torch.empty(0, *shape, dtype=dtype)
 
-    def grow(self, kept: int, capacity: int, reserve: int) -> None:
+    def grown(self, kept: int, capacity: int, reserve: int) -> ReservedRows:
         """See Rows; raises OSError when there is no room for `capacity` rows."""
         if capacity <= len(self.rows):
-            return
+            return self
+        wider = ReservedRows(self.rows.shape[1:], self.rows.dtype)
         try:
             memory = self._reserve(max(capacity, reserve, 2 * kept))
         except OSError:  # a machine may limit the addresses: then every growth copies
             memory = self._reserve(capacity)
-        wider = torch.frombuffer(memory, dtype=self.rows.dtype).view(-1, *self.rows.shape[1:])
-        wider[:kept] = self.rows[:kept]
-        self._memory, self.rows = memory, wider
+        wider._memory = memory
+        wider.rows = torch.frombuffer(memory, dtype=self.rows.dtype).view(-1, *self.rows.shape[1:])
+        wider.rows[:kept] = self.rows[:kept]
+        return wider
 
-    def trim(self, kept: int) -> None:
+    def trimmed(self, kept: int) -> ReservedRows:
         """See Rows."""
         start = kept * self._row_bytes
         start += -start % mmap.PAGESIZE
         if self._memory is not None and start < len(self._memory):
             self._memory.madvise(mmap.MADV_DONTNEED, start)
+        return self
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.rows.shape[1:]) * self.rows.itemsize
 
     def _reserve(self, rows: int) -> mmap.mmap:
         memory = mmap.mmap(-1, rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -63,33 +70,43 @@ class ReservedRows:
         return memory
 
 
+@dataclass(frozen=True)
 class DenseRows:
     """One tensor, as a GPU keeps it: growing and trimming copy."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.rows: Tensor = torch.empty(0, *shape, dtype=dtype, device=device)
+    rows: Tensor
 
-    def grow(self, kept: int, capacity: int, reserve: int) -> None:  # noqa: ARG002
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> DenseRows:
+        """None yet."""
+        return cls(torch.empty(0, *shape, dtype=dtype, device=device))
+
+    def grown(self, kept: int, capacity: int, reserve: int) -> DenseRows:  # noqa: ARG002
         """See Rows."""
-        self.rows = torch.cat([self.rows[:kept], self.rows.new_empty(capacity - kept, *self.rows.shape[1:])])
+        return DenseRows(torch.cat([self.rows[:kept], self.rows.new_empty(capacity - kept, *self.rows.shape[1:])]))
 
-    def trim(self, kept: int) -> None:
+    def trimmed(self, kept: int) -> DenseRows:
         """See Rows."""
-        self.rows = self.rows[:kept].clone()
+        return DenseRows(self.rows[:kept].clone())
 
 
+@dataclass(frozen=True)
 class SeparateRows:
     """A tensor for each row: large ones, of which there are few."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._like = torch.empty(0, *shape, dtype=dtype, device=device)
-        self.rows: list[Tensor] = []
+    like: Tensor
+    rows: list[Tensor]
 
-    def grow(self, kept: int, capacity: int, reserve: int) -> None:  # noqa: ARG002
-        """See Rows."""
-        added = (self._like.new_empty(self._like.shape[1:]) for _ in range(capacity - kept))
-        self.rows = [*self.rows[:kept], *added]
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SeparateRows:
+        """None yet."""
+        return cls(torch.empty(0, *shape, dtype=dtype, device=device), [])
 
-    def trim(self, kept: int) -> None:
+    def grown(self, kept: int, capacity: int, reserve: int) -> SeparateRows:  # noqa: ARG002
         """See Rows."""
-        self.rows = self.rows[:kept]
+        added = [self.like.new_empty(self.like.shape[1:]) for _ in range(capacity - kept)]
+        return SeparateRows(self.like, [*self.rows[:kept], *added])
+
+    def trimmed(self, kept: int) -> SeparateRows:
+        """See Rows."""
+        return SeparateRows(self.like, self.rows[:kept])

@@ -222,6 +222,8 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id]
+        if not self._sequences:
+            self._effects.build(())  # those of the last step hold on to memory that may be given back while none runs
         self.scheduler.remove(sequence)
         digest = sequence.digest
         if digest and not self.scheduler.waiting_for(digest):

@@ -43,17 +43,17 @@ class BatchLowRank:
         else:
             a, b, runs = self._operands
             for run in runs:
-                _add_products(a, b, run, y, x)
+                _add_products(y, x, a, b, run)
 
 
 def _fastest_sum(library: Native, a: Tensor, b: Tensor, run: Run) -> Callable[[Tensor, Tensor], None]:
     few = IN_PLACE if isinstance(run.index, slice) else COPIED
     if run.length * a.shape[1] <= few:
         return library.low_rank_sum(a, b, run.row_numbers, start=run.start, length=run.length)
-    return functools.partial(_add_products, a, b, run)
+    return functools.partial(_add_products, a=a, b=b, run=run)
 
 
-def _add_products(a: Tensor, b: Tensor, run: Run, y: Tensor, x: Tensor) -> None:
+def _add_products(y: Tensor, x: Tensor, a: Tensor, b: Tensor, run: Run) -> None:
     """One batched product for the run, or for each stretch of it."""
     for part in run.stretches if a.shape[1] > COPIED_RANK else (run,):
         tokens, out, own_a, own_b = part.tokens(x), part.tokens(y), a[part.index], b[part.index]

@@ -117,21 +117,52 @@ def test_a_program_loaded_again_elsewhere_is_another(programs: Programs) -> None
     assert effects.build([(Slot(old.places), 1, 0)]) is not first
 
 
-def test_no_stacks_are_kept_that_a_pool_has_left(programs: Programs) -> None:
-    effects = BatchEffects()
-    rows: Rows = [(0, 1), (1, 1)]
-    first = effects.build(programs.rows(rows))
-    pool = next(place.pool for place in programs.slots[0].places if place.pool.module == "q")
-    old = weakref.ref(pool.stacks[0])
-    pool.grow(len(pool.stacks[0]))
-    assert old() is not None
-    y, x = inputs("q", rows)
-    wanted = programs.reference("q", rows, y, x)
-    second = effects.build(programs.rows(rows))
-    assert second is not first
+@pytest.fixture(params=[True, False], ids=["lazy", "dense"])
+def lone(request: pytest.FixtureRequest) -> Slot:
+    """A program in pools of its own, of one row each."""
+    pools = Pools(torch.float32, torch.device("cpu"), 1 << 20, lazy=request.param)
+    return Slot(pools.place((("q", LowRank(torch.ones(2, 4), torch.ones(2, 6))),)))
+
+
+def test_no_stacks_are_kept_that_a_pool_has_left(lone: Slot) -> None:
+    effects, [place] = BatchEffects(), lone.places
+    first = effects.build([(lone, 1, 0)])
+    old = weakref.ref(place.pool.stacks[0])
+    place.pool.grow(10**5)
+    y, x = torch.zeros(1, 6), torch.ones(1, 4)
+    first["q"].output(y, x)
+    assert y.tolist() == [[8.0] * 6]
+    second = effects.build([(lone, 1, 0)])
     del first
     assert old() is None
     second["q"].output(y, x)
+    assert y.tolist() == [[16.0] * 6]
+
+
+def test_a_batch_of_nothing_keeps_nothing(lone: Slot) -> None:
+    effects, [place] = BatchEffects(), lone.places
+    effects.build([(lone, 1, 0)])
+    old = weakref.ref(place.pool.stacks[0])
+    place.pool.free(place.row)
+    effects.build([])
+    place.pool.grow(10**5)
+    assert old() is None
+
+
+def test_a_batch_that_could_not_be_built_leaves_no_other_in_its_place(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effects = BatchEffects()
+    first = effects.build(programs.rows([(0, 1)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(LowRank, "bind", lambda *_: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                effects.build(programs.rows([(1, 1)]))
+    assert effects.build(programs.rows([(1, 1)])) is not first
+    y, x = inputs("q", [(1, 1)])
+    wanted = programs.reference("q", [(1, 1)], y, x)
+    effects.build(programs.rows([(1, 1)]))["q"].output(y, x)
     torch.testing.assert_close(y, wanted)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from hatrack_server.adapters.pieces import LowRank, OutputScale, Piece, Pieces, ReplacedHead, ReplacedTokens
 from hatrack_server.adapters.pools import Pool, Pools
+from hatrack_server.adapters.stacks import DenseRows, ReservedRows, Rows
 from hatrack_server.types import LinearShape
 
 SHAPE = LinearShape(out_features=5, in_features=3)
@@ -81,6 +82,49 @@ def test_a_row_is_copied_to_the_lowest_free_one(pool: Pool) -> None:
         assert (pool.stacks[1][row] == -2.0).all()
     assert (pool.taken, pool.take()) == (3, 3)
     assert pool.copy_lower(1) == 1
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "dense"])
+def test_a_tensor_that_finds_no_memory_leaves_the_whole_pool_as_it_was(
+    lazy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(0, "up", piece(4, 0.0), torch.float32, CPU, lazy=lazy)
+    kind = ReservedRows if lazy else DenseRows
+    with monkeypatch.context() as patch:
+        grown, trimmed, calls = kind.grown, kind.trimmed, []
+
+        def no_memory_for_the_second(self: Rows, *sizes: int) -> Rows:
+            calls.append(sizes)
+            if len(calls) % 2 == 0:
+                raise MemoryError
+            return (grown if len(sizes) == 3 else trimmed)(self, *sizes)  # type: ignore[arg-type]
+
+        pool.grow(3)
+        pool.write(pool.take(), piece(4, 1.0))
+        patch.setattr(kind, "grown", no_memory_for_the_second)
+        patch.setattr(kind, "trimmed", no_memory_for_the_second)
+        before = pool.stacks
+        with pytest.raises(MemoryError):
+            pool.grow(100)
+        with pytest.raises(MemoryError):
+            pool.trim()
+        assert pool.stacks is before
+        assert pool.capacity == 3
+        pool.write(pool.take(), piece(4, 2.0))
+    pool.grow(100)
+    assert [[row.unique().tolist() for row in stack[:2]] for stack in pool.stacks] == [
+        [[1.0], [2.0]],
+        [[-1.0], [-2.0]],
+    ]
+
+
+def test_a_pool_that_did_not_move_gives_readers_the_same_stacks() -> None:
+    pool = Pool(0, "up", piece(4, 0.0), torch.float32, CPU, lazy=True)
+    pool.grow(1, reserve=8)
+    before = pool.stacks
+    pool.grow(1, reserve=8)
+    pool.trim()
+    assert pool.stacks is before
 
 
 def test_trimming_gives_back_the_rows_behind_the_last_taken(pool: Pool) -> None:

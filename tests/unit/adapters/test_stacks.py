@@ -13,9 +13,7 @@ KILOBYTES = 256  # a row's
 
 
 def rows(count: int) -> ReservedRows:
-    stack = ReservedRows((KILOBYTES, 256), torch.float32)
-    stack.grow(0, 1, count)
-    return stack
+    return ReservedRows((KILOBYTES, 256), torch.float32).grown(0, 1, count)
 
 
 def resident_bytes() -> int:
@@ -26,15 +24,14 @@ def test_growing_leaves_the_rows_where_they_are() -> None:
     stack = rows(8)
     held = stack.rows
     held[0] = 1.0
-    stack.grow(1, 8, 8)
-    assert stack.rows is held
+    assert stack.grown(1, 8, 8).rows is held
 
 
 def test_more_rows_than_were_reserved_are_a_copy_that_readers_of_the_old_do_not_notice() -> None:
     stack = rows(2)
     held = stack.rows
     held[:2] = torch.tensor([1.0, 2.0])[:, None, None]
-    stack.grow(2, 3, 0)
+    stack = stack.grown(2, 3, 0)
     assert len(stack.rows) == 4  # twice as many, so that copies stay few
     assert [row.unique().tolist() for row in stack.rows[:2]] == [[1.0], [2.0]]
     stack.rows[0] = 7.0
@@ -48,16 +45,15 @@ def test_memory_is_taken_by_what_was_written_and_given_back() -> None:
     assert resident_bytes() - before < 50_000_000
     stack.rows[:400] = 1.0
     assert resident_bytes() - before > 90_000_000
-    stack.trim(2)
+    stack = stack.trimmed(2)
     assert resident_bytes() - before < 50_000_000
     assert stack.rows[:2].unique().tolist() == [1.0]
 
 
 def test_a_page_that_a_kept_row_shares_stays() -> None:
-    stack = ReservedRows((3,), torch.float32)
-    stack.grow(0, 5000, 0)
+    stack = ReservedRows((3,), torch.float32).grown(0, 5000, 0)
     stack.rows[:] = 1.0
-    stack.trim(7)
+    stack = stack.trimmed(7)
     assert stack.rows[:7].unique().tolist() == [1.0]
     assert stack.rows[-1].tolist() == [0.0] * 3
 
@@ -77,6 +73,6 @@ def test_huge_pages_need_not_be_known_to_the_kernel(monkeypatch: pytest.MonkeyPa
 def test_more_addresses_than_there_are_make_no_row_fail() -> None:
     stack = rows(2**40)
     stack.rows[0] = 1.0
-    stack.grow(1, 2, 2**40)
+    stack = stack.grown(1, 2, 2**40)
     assert stack.rows.shape == (2, KILOBYTES, 256)
     assert stack.rows[0].unique().tolist() == [1.0]

@@ -119,9 +119,12 @@ def test_operands_that_dont_fit_are_refused(library: Native) -> None:
         (y, x[:, :20], a, b, rows),
         (y[:, :39], x, a, b, rows),
         (y, x, a, b, torch.cat([rows, rows])),
-        (y, x, a, b[:1], rows),
+        (y, x, a, b[:, :4], rows),
         (y, x.T.contiguous().T, a, b, rows),
         (y, x, halves(2, 8, 48)[:, :, ::2], b, rows),
+        (y, x, a.float(), b, rows),
+        (y, x, a, b, rows.long()),
+        (y, x, a, b, torch.zeros(6, dtype=torch.int32)[::2]),
     ):
         with pytest.raises(ValueError, match="fit"):
             apply(*wrong)

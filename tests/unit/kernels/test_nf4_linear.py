@@ -108,6 +108,25 @@ def test_a_tokens_product_does_not_depend_on_its_neighbours(product: Callable[[T
         assert torch.equal(product(x[-tokens:]), together[-tokens:])
 
 
+def test_operands_that_dont_fit_are_refused(packed_layer: PackedLinear, library: Native) -> None:
+    if not library.has_nf4_product:
+        pytest.skip("no product in C on this machine")
+    packed, scales, code = packed_layer.weight, packed_layer.scales, packed_layer.code
+    for wrong in (
+        (packed[:33], scales[:, :33].contiguous(), code),
+        (packed[:, :48].contiguous(), scales[:1], code),
+        (packed, scales[:2], code),
+        (packed, scales.float(), code),
+        (packed, scales, code[:8]),
+    ):
+        with pytest.raises(ValueError, match="fit"):
+            library.nf4_product(*wrong)
+    product = library.nf4_product(packed, scales, code)
+    for x in (inputs(2, 192), inputs(2, 128).bfloat16(), inputs(2, 384).bfloat16()[:, ::2]):
+        with pytest.raises(ValueError, match="fit"):
+            product(x)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("tokens", [0, 1, 33])
 def test_without_the_c_kernel_bitsandbytes_answers(

@@ -122,7 +122,7 @@ def long_rows(kv_heads: int, dim: int, value_dim: int) -> tuple[list[Tensor], Te
 
 @pytest.mark.parametrize("sharpness", [0.1, 5.0])  # of the softmax: the latter leaves one key with nearly all weight
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (70, 48)])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (6, 1), (3, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (6, 1), (7, 1), (3, 3)])
 @pytest.mark.parametrize("window", [None, 1, 300])
 def test_decode_in_c_equals_plain_attention(
     library: Native, window: int | None, heads: int, kv_heads: int, dim: int, value_dim: int, sharpness: float

@@ -1,4 +1,4 @@
-"""Kernels in C for the CPU, compiled for this very machine whenever a process begins: it takes less than a second.
+"""Kernels in C for the CPU, compiled for this very machine whenever a process begins: it takes a second or two.
 
 Where there is no C compiler that knows OpenMP and GCC's vectors, callers go on without.
 """
@@ -39,8 +39,13 @@ class NF4Product:
     def __init__(self, function: Callable[..., None], weight: tuple[Tensor, Tensor, Tensor], *, tiles: bool) -> None:
         packed, scales, code = weight
         n, k = packed.shape[0], packed.shape[1] * 2
-        _require(n % 32 == k % 64 == 0 and scales.shape == (k // 64, n) and code.shape == (16,))
-        _require(all(tensor.is_contiguous() for tensor in weight))
+        _require(
+            n % 32 == k % 64 == 0
+            and scales.shape == (k // 64, n)
+            and code.shape == (16,)
+            and (packed.dtype, scales.dtype, code.dtype) == (torch.uint8, torch.bfloat16, torch.float32)
+            and all(tensor.is_contiguous() for tensor in weight)
+        )
         self._function, self._tiles = function, tiles
         self._n, self._k = n, k
         self._weight = weight  # whose memory lives as long as this
@@ -51,7 +56,7 @@ class NF4Product:
         tokens stand beside it.
         """
         *tokens, k = x.shape
-        _require(k == self._k and x.is_contiguous())
+        _require(k == self._k and x.dtype is torch.bfloat16 and x.is_contiguous())
         y = torch.empty(*tokens, self._n, dtype=torch.bfloat16)
         self._function(x.data_ptr(), *self._pointers, y.data_ptr(), x.numel() // k, self._n, k, self._tiles)
         return y
@@ -65,8 +70,13 @@ class LowRankSum:
     def __init__(
         self, function: Callable[..., None], a: Tensor, b: Tensor, rows: Tensor, *, start: int, length: int
     ) -> None:
-        (height, rank, width), out, count = a.shape, b.shape[2], rows.numel()
-        _require(b.shape == (height, rank, out) and a.is_contiguous() and b.is_contiguous() and start >= 0)
+        (_, rank, width), out, count = a.shape, b.shape[2], rows.numel()
+        _require(
+            b.shape[1] == rank  # either may have more rows behind those that are taken
+            and (a.dtype, b.dtype, rows.dtype) == (torch.bfloat16, torch.bfloat16, torch.int32)
+            and all(tensor.is_contiguous() for tensor in (a, b, rows))
+            and start >= 0
+        )
         self._function = function
         self._width, self._out, self._stop = width, out, start + count * length
         between = torch.empty(count * length * rank, dtype=torch.float32)
@@ -101,8 +111,8 @@ class RMSNorm:
 
 
 class Native:
-    """The compiled library. Its functions run on torch's threads, without the GIL, and raise ValueError for operands of
-    other shapes or layouts than they say.
+    """The compiled library. What it computes, or gives to compute with, runs on torch's threads, without the GIL, and
+    raises ValueError for operands of other shapes or layouts than it says.
 
     has_nf4_product: whether `nf4_product` can be used, for which the processor must have AVX512_BF16.
     has_tiles: whether that takes the tiles of AMX.
@@ -124,7 +134,7 @@ class Native:
         self._rms_norm = library.rms_norm
 
     def low_rank_sum(self, a: Tensor, b: Tensor, rows: Tensor, *, start: int = 0, length: int = 1) -> LowRankSum:
-        """For contiguous a[R, r, in] and b[R, r, out], bfloat16, and rows[n], int32."""
+        """For contiguous a[…, r, in] and b[…, r, out], bfloat16, and rows[n] of both, int32."""
         return LowRankSum(self._add_low_rank, a, b, rows, start=start, length=length)
 
     def dense_product(self, x: Tensor, weight: Tensor) -> Tensor:

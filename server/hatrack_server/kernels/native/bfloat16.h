@@ -15,6 +15,8 @@ typedef uint16_t bfloat16;
 typedef float lanes __attribute__((vector_size(LANES * 4)));
 typedef uint32_t pairs __attribute__((vector_size(LANES * 4)));  // of bfloat16
 
+static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
+
 static inline float widen(bfloat16 half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;
@@ -35,9 +37,9 @@ static inline lanes widen_lanes(const bfloat16 *from) {
 #ifdef __AVX512F__  // what GCC makes of the general form takes twice as many instructions
     return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
 #else
-    typedef uint16_t narrow_lanes __attribute__((vector_size(LANES * 2)));
+    typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2)));
     typedef uint32_t wide_lanes __attribute__((vector_size(LANES * 4)));
-    narrow_lanes values;
+    half_lanes values;
     memcpy(&values, from, sizeof values);
     return (lanes)(__builtin_convertvector(values, wide_lanes) << 16);
 #endif
@@ -91,9 +93,9 @@ static inline void sum_lanes_of_16(float sums[4][4], lanes vectors[4][4]) {
         const __m512 right = ADD(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
         rows[row] = ADD(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
     }
-    const __m512d upper = (__m512d)ADD(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
-    const __m512d lower = (__m512d)ADD(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
-    const __m512 all = ADD(_mm512_unpacklo_pd(upper, lower), _mm512_unpackhi_pd(upper, lower));
+    const __m512d first = (__m512d)ADD(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+    const __m512d second = (__m512d)ADD(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+    const __m512 all = ADD(_mm512_unpacklo_pd(first, second), _mm512_unpackhi_pd(first, second));
     memcpy(sums, &all, sizeof all);
 #undef ADD
 #else

@@ -49,5 +49,3 @@ static inline void dot_few(float *v, int64_t v_stride, const bfloat16 *x, int64_
                 dot(v + t * v_stride + r, v_stride, x + t * x_stride, x_stride, own + r, following + r, n, 1, 1);
     }
 }
-
-static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }

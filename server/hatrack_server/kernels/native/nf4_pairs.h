@@ -10,7 +10,6 @@
 enum { BLOCK = 64, GROUP = 32, HALF = GROUP / 2 };  // inputs to a scale; outputs side by side, and those of a vector
 enum { PAIRS = BLOCK / 2, PAIR_BYTES = 32 };        // of a group, for a block
 enum { AHEAD = 8192 };  // bytes of codes: what the processor asks for by itself leaves much of the bandwidth unused
-enum { SCALES_AHEAD = 8 };  // blocks of as many codes; their scales lie pages apart, where it asks for nothing
 
 // For a pair of inputs and each of a group's outputs, two bfloat16 side by side: as a lane of VDPBF16PS takes them.
 typedef struct {

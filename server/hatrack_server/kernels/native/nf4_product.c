@@ -53,9 +53,11 @@ void nf4_product(const bfloat16 *x, const uint8_t *packed, const bfloat16 *scale
     SumUp *sum_up = sum_up_in_vectors;
 #ifdef TILES
     if (tiles) sum_up = sum_up_in_tiles;
+#else
+    (void)tiles;
 #endif
     for (int64_t t = 0; t < tokens; t += MOST)
-        up_to_most(sum_up, x + t * k, packed, scales, code, y + t * n, tokens - t < MOST ? tokens - t : MOST, n, k);
+        up_to_most(sum_up, x + t * k, packed, scales, code, y + t * n, least(tokens - t, MOST), n, k);
 }
 
 #else

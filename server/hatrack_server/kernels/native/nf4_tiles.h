@@ -27,7 +27,7 @@ static int request_tile_registers(void) { return syscall(SYS_arch_prctl, ASK_FOR
 // Tiles 0 … 3 sum up 2x2 products, 4 and 5 hold up to 16 tokens each, 6 and 7 the weights of 16 outputs each.
 static void shape_tiles(int64_t tokens) {
     TileShapes shapes = {.palette = 1};
-    const int64_t first = tokens < TOKENS ? tokens : TOKENS, second = tokens - first;
+    const int64_t first = least(tokens, TOKENS), second = tokens - first;
     for (int tile = 0; tile < 8; tile++) {
         shapes.row_bytes[tile] = ROW_BYTES;
         const int64_t own = tile == 2 || tile == 3 || tile == 5 ? second : first;
@@ -80,12 +80,12 @@ static void sum_up_in_tiles(float (*sums)[GROUP], const bfloat16 *x, const uint8
     Weights weights;
     float products[CHUNK][GROUP] __attribute__((aligned(64)));
     memset(sums, 0, tokens * sizeof *sums);
-    shape_tiles(tokens < CHUNK ? tokens : CHUNK);
+    shape_tiles(least(tokens, CHUNK));
     for (int64_t input = 0; input < k; input += BLOCK, packed += PAIRS * PAIR_BYTES, scales += n) {
         const __m512 low_scales = (__m512)widen_lanes(scales), high_scales = (__m512)widen_lanes(scales + HALF);
         look_up_block(weights, packed, values);
         for (int64_t first = 0; first < tokens; first += CHUNK) {
-            const int64_t some = tokens - first < CHUNK ? tokens - first : CHUNK;
+            const int64_t some = least(tokens - first, CHUNK);
             if (some < CHUNK && first) shape_tiles(some);
             multiply(products, x + first * k + input, k, weights, some > TOKENS);
             for (int64_t t = 0; t < some; t++)

@@ -119,11 +119,15 @@ void paged_decode(bfloat16 *out, const bfloat16 *q, const bfloat16 *keys, const 
         const Head head = {keys + kv * key_width,  values + kv * value_width, kv_heads * key_width,
                            kv_heads * value_width, key_width,                 value_width};
         int64_t first = group * i;  // of all rows' heads
-        for (; first + GROUP <= last; first += GROUP)
-            attend(out + first * value_width, q + first * key_width, head, slots + row * length, mask + row * length,
-                   length, scale, GROUP);
-        for (; first < last; first++)
-            attend(out + first * value_width, q + first * key_width, head, slots + row * length, mask + row * length,
-                   length, scale, 1);
+#define ATTEND(tokens)                                                                                               \
+    attend(out + first * value_width, q + first * key_width, head, slots + row * length, mask + row * length, length, \
+           scale, tokens)
+        for (; first < last; first += GROUP) switch (least(last - first, GROUP)) {
+                case 1: ATTEND(1); break;
+                case 2: ATTEND(2); break;
+                case 3: ATTEND(3); break;
+                default: ATTEND(GROUP);
+            }
+#undef ATTEND
     }
 }
