@@ -64,20 +64,19 @@ class BatchEffects:
         self._head = head
         self._rows: list[Row] = []
         self._effects: dict[str, ModuleEffect] = {}
-        self._stacks: list[tuple[Pool, Any]] = []
 
     def build(self, parts: Iterable[tuple[Slot | None, int, int]]) -> dict[str, ModuleEffect]:
         """`parts` gives each sequence's slot, number of tokens and position of the first, in the batch's order."""
         rows = [Row(slot, tokens, min(position, slot.soft_tokens if slot else 0)) for slot, tokens, position in parts]
+        held = (stacks for effect in self._effects.values() for stacks in effect.stacks)
         # Where a pool has moved, rows in use are alike in both places, but the old one would go on taking memory.
-        if rows != self._rows or any(pool.stacks is not stacks for pool, stacks in self._stacks):
+        if rows != self._rows or any(pool.stacks is not stacks for pool, stacks in held):
             modules = _runs(_segments(rows))
             if self._head in modules:
                 modules[self._head] = _runs(_segments(row._replace(tokens=1) for row in rows))[self._head]
             effects = {module: ModuleEffect(pools) for module, pools in modules.items()}
             # Not before all are there: a row that fails is tried again, and must not find another batch's.
             self._rows, self._effects = rows, effects
-            self._stacks = [held for effect in effects.values() for held in effect.stacks]
         return self._effects
 
 

@@ -112,7 +112,7 @@ class Pool:
     def _new_rows(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, lazy: bool) -> Rows:
         if not self.kind.stacked:
             return SeparateRows.of(shape, dtype, device)
-        return ReservedRows(shape, dtype) if lazy else DenseRows.of(shape, dtype, device)
+        return ReservedRows.of(shape, dtype) if lazy else DenseRows.of(shape, dtype, device)
 
 
 class Pools:

@@ -26,36 +26,39 @@ class Rows(Protocol):
         """The first `kept` rows, without the memory of the others."""
 
 
+@dataclass(frozen=True)
 class ReservedRows:
     """One tensor in the machine's memory: addresses are reserved at once, and pages taken as rows are written.
 
     So growing copies nothing until there are more rows than were reserved, and trimming never does.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._memory: mmap.mmap | None = None
-        self.rows: Tensor = torch.empty(0, *shape, dtype=dtype)
+    rows: Tensor
+    memory: mmap.mmap | None = None
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> ReservedRows:
+        """None yet."""
+        return cls(torch.empty(0, *shape, dtype=dtype))
 
     def grown(self, kept: int, capacity: int, reserve: int) -> ReservedRows:
         """See Rows; raises OSError when there is no room for `capacity` rows."""
         if capacity <= len(self.rows):
             return self
-        wider = ReservedRows(self.rows.shape[1:], self.rows.dtype)
         try:
             memory = self._reserve(max(capacity, reserve, 2 * kept))
         except OSError:  # a machine may limit the addresses: then every growth copies
             memory = self._reserve(capacity)
-        wider._memory = memory
-        wider.rows = torch.frombuffer(memory, dtype=self.rows.dtype).view(-1, *self.rows.shape[1:])
-        wider.rows[:kept] = self.rows[:kept]
-        return wider
+        wider = torch.frombuffer(memory, dtype=self.rows.dtype).view(-1, *self.rows.shape[1:])
+        wider[:kept] = self.rows[:kept]
+        return ReservedRows(wider, memory)
 
     def trimmed(self, kept: int) -> ReservedRows:
         """See Rows."""
         start = kept * self._row_bytes
         start += -start % mmap.PAGESIZE
-        if self._memory is not None and start < len(self._memory):
-            self._memory.madvise(mmap.MADV_DONTNEED, start)
+        if self.memory is not None and start < len(self.memory):
+            self.memory.madvise(mmap.MADV_DONTNEED, start)
         return self
 
     @property

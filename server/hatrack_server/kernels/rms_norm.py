@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,12 @@ def fastest_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def _alike(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], width: int) -> bool:
-    """On tokens from tiny, beside which epsilon counts, to large."""
-    sizes = torch.logspace(-4, 2, TOKENS)[:, None]
-    x = (torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(0)) * sizes).bfloat16()
+    x = _tokens(width)
     return (one(x) == other(x)).float().mean().item() >= ALIKE
+
+
+@functools.cache  # a base has many norms of few widths
+def _tokens(width: int) -> Tensor:
+    """From tiny, beside which epsilon counts, to large."""
+    sizes = torch.logspace(-4, 2, TOKENS)[:, None]
+    return (torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(0)) * sizes).bfloat16()

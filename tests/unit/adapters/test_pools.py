@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -84,6 +88,17 @@ def test_a_row_is_copied_to_the_lowest_free_one(pool: Pool) -> None:
     assert pool.copy_lower(1) == 1
 
 
+def fails_at_the_second(change: Callable[..., Rows]) -> Callable[..., Rows]:
+    calls = itertools.count(1)
+
+    def changed(*args: Any) -> Rows:
+        if next(calls) == 2:
+            raise MemoryError
+        return change(*args)
+
+    return changed
+
+
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "dense"])
 def test_a_tensor_that_finds_no_memory_leaves_the_whole_pool_as_it_was(
     lazy: bool, monkeypatch: pytest.MonkeyPatch
@@ -91,18 +106,10 @@ def test_a_tensor_that_finds_no_memory_leaves_the_whole_pool_as_it_was(
     pool = Pool(0, "up", piece(4, 0.0), torch.float32, CPU, lazy=lazy)
     kind = ReservedRows if lazy else DenseRows
     with monkeypatch.context() as patch:
-        grown, trimmed, calls = kind.grown, kind.trimmed, []
-
-        def no_memory_for_the_second(self: Rows, *sizes: int) -> Rows:
-            calls.append(sizes)
-            if len(calls) % 2 == 0:
-                raise MemoryError
-            return (grown if len(sizes) == 3 else trimmed)(self, *sizes)  # type: ignore[arg-type]
-
         pool.grow(3)
         pool.write(pool.take(), piece(4, 1.0))
-        patch.setattr(kind, "grown", no_memory_for_the_second)
-        patch.setattr(kind, "trimmed", no_memory_for_the_second)
+        for change in ("grown", "trimmed"):
+            patch.setattr(kind, change, fails_at_the_second(getattr(kind, change)))
         before = pool.stacks
         with pytest.raises(MemoryError):
             pool.grow(100)

@@ -13,7 +13,7 @@ KILOBYTES = 256  # a row's
 
 
 def rows(count: int) -> ReservedRows:
-    return ReservedRows((KILOBYTES, 256), torch.float32).grown(0, 1, count)
+    return ReservedRows.of((KILOBYTES, 256), torch.float32).grown(0, 1, count)
 
 
 def resident_bytes() -> int:
@@ -51,7 +51,7 @@ def test_memory_is_taken_by_what_was_written_and_given_back() -> None:
 
 
 def test_a_page_that_a_kept_row_shares_stays() -> None:
-    stack = ReservedRows((3,), torch.float32).grown(0, 5000, 0)
+    stack = ReservedRows.of((3,), torch.float32).grown(0, 5000, 0)
     stack.rows[:] = 1.0
     stack = stack.trimmed(7)
     assert stack.rows[:7].unique().tolist() == [1.0]

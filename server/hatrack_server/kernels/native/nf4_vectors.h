@@ -5,7 +5,7 @@
 
 #include "nf4_pairs.h"
 
-enum { SCALES_AHEAD = AHEAD / (PAIRS * PAIR_BYTES) };  // blocks; their scales lie pages apart: it asks for none itself
+enum { SCALES_AHEAD = AHEAD / (PAIRS * PAIR_BYTES) };  // blocks; scales lie pages apart, so nothing else asks for them
 enum { TOGETHER = 8 };  // tokens for which one look-up serves: their sums take half the registers
 
 // sums[tokens, group] of all inputs, for tokens whose number the compiler knows.
