@@ -12,6 +12,8 @@ from torch import Tensor
 from hatrack_server.adapters.pieces import Action, Stage
 from hatrack_server.adapters.pools import Pool
 from hatrack_server.adapters.slots import Slot
+from hatrack_server.kernels.low_rank import BatchLowRank
+from hatrack_server.kernels.nf4_linear import BaseLinear, nf4_linear
 from hatrack_server.kernels.runs import Run, Runs, merge_runs
 
 
@@ -25,6 +27,10 @@ class ModuleEffect:
         for pool, own in sorted(runs.items(), key=lambda found: found[0].kind.stage):
             actions = self._on_input if pool.kind.stage is Stage.INPUT else self._on_output
             actions.append(self._action(pool, own))
+        # What is added first to the product of x as it came, the product can take along.
+        first = self._on_output[0] if self._on_output and not self._on_input else None
+        self._added = first if isinstance(first, BatchLowRank) else None
+        self._after = self._on_output[1:] if self._added else self._on_output
 
     def _action(self, pool: Pool, runs: list[Run]) -> Action:
         if pool.copies:  # at every growth, and a device's memory has no room for both
@@ -33,19 +39,26 @@ class ModuleEffect:
         self.stacks.append((pool, stacks))
         return pool.kind.bind(stacks, runs)
 
-    def input(self, x: Tensor) -> Tensor:
-        """What a linear layer's product takes in place of x[T, in]; x itself is left as it is."""
-        if not self._on_input:
-            return x
-        values = x.clone()
-        for act in self._on_input:
-            act(values, x)
-        return values
+    def linear(self, x: Tensor, layer: BaseLinear) -> Tensor:
+        """What a linear layer gives for x[…, in] with all pieces: […, out]. x itself is left as it is."""
+        y = nf4_linear(self._input(x) if self._on_input else x, layer, self._added)
+        if self._after:
+            outputs, tokens = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+            for act in self._after:
+                act(outputs, tokens)
+        return y
 
     def output(self, y: Tensor, x: Tensor) -> None:
-        """Changes the module's output y[T, …] in place, given x[T, …] (see Action)."""
+        """Changes another module's output y[T, …] in place, given x[T, …] (see Action)."""
         for act in self._on_output:
             act(y, x)
+
+    def _input(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        values = tokens.clone()
+        for act in self._on_input:
+            act(values, tokens)
+        return values.view(x.shape)
 
 
 class Row(NamedTuple):

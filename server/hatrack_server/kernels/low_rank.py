@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from hatrack_server.kernels.native import Native, native
+from hatrack_server.kernels.native import native
 from hatrack_server.kernels.runs import Run, each_token
 
 COPIED_RANK = 16  # up to here, rows that don't lie side by side are copied into one product
@@ -19,38 +16,42 @@ IN_PLACE, COPIED = 256, 1024
 
 
 class BatchLowRank:
-    """y += (x Aᵀ) B for the tokens of each of a batch's adapters, as often as the batch takes a step."""
+    """y += (x Aᵀ) B for the tokens of each of a batch's adapters, as often as the batch takes a step.
+
+    in_c: the C kernel's sums, where that is all there is to do; a product of the same x can take them along.
+    """
 
     def __init__(self, a: Tensor, b: Tensor, runs: list[Run]) -> None:
         """a[rows, r, in], b[rows, r, out] with the scale folded in."""
-        self._operands = a, b, runs
+        self._operands = a, b
+        self._runs = runs
         halves = a.dtype is b.dtype is torch.bfloat16 and not a.is_cuda
         library = native() if halves else None
-        self._sums = None if library is None else [_fastest_sum(library, a, b, run) for run in runs]
+        few = [run for run in runs if library is not None and _has_few(run, a.shape[1])]
+        self._many = [run for run in runs if run not in few]
+        self._sums = library.low_rank_sums(a, b, few) if library is not None and few else None
+        self.in_c = None if self._many else self._sums
 
     def __call__(self, y: Tensor, x: Tensor) -> None:
         """Adds to y[T, out] in place, given x[T, in]; tokens outside of every run are left alone.
 
         Rows never mix: each token meets its own adapter's values only, so a NaN stays with its owner.
         """
-        if self._sums is not None and y.dtype is x.dtype is torch.bfloat16:
-            for add in self._sums:
-                add(y, x)
-        elif y.is_cuda:
+        if y.is_cuda:
             from hatrack_server.kernels.triton_low_rank import add_low_rank_cuda  # Triton comes with torch for CUDA
 
-            add_low_rank_cuda(y, x, *self._operands)
-        else:
-            a, b, runs = self._operands
-            for run in runs:
-                _add_products(y, x, a, b, run)
+            add_low_rank_cuda(y, x, *self._operands, self._runs)
+            return
+        runs = self._runs
+        if self._sums is not None and y.dtype is x.dtype is torch.bfloat16:
+            self._sums(y, x)
+            runs = self._many
+        for run in runs:
+            _add_products(y, x, *self._operands, run)
 
 
-def _fastest_sum(library: Native, a: Tensor, b: Tensor, run: Run) -> Callable[[Tensor, Tensor], None]:
-    few = IN_PLACE if isinstance(run.index, slice) else COPIED
-    if run.length * a.shape[1] <= few:
-        return library.low_rank_sum(a, b, run.row_numbers, start=run.start, length=run.length)
-    return functools.partial(_add_products, a=a, b=b, run=run)
+def _has_few(run: Run, rank: int) -> bool:
+    return run.length * rank <= (IN_PLACE if isinstance(run.index, slice) else COPIED)
 
 
 def _add_products(y: Tensor, x: Tensor, a: Tensor, b: Tensor, run: Run) -> None:

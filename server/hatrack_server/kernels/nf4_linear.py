@@ -10,7 +10,8 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from hatrack_server.kernels.native import native
+from hatrack_server.kernels.low_rank import BatchLowRank
+from hatrack_server.kernels.native import NF4Product, native
 
 PACKED_ROWS = 32  # bitsandbytes' packed CPU kernel crashes unless out_features is a multiple of this
 BLOCK = 64  # inputs to a scale, as the C kernel takes them
@@ -41,6 +42,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("scales", state.absmax)
         self.register_buffer("code", state.code.bfloat16().float())  # as bitsandbytes' kernel rounds it
         self._product = self._fastest_product()
+        self.in_c = self._product if isinstance(self._product, NF4Product) and self.bias is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x[…, in] to […, out], in the dtype of x."""
@@ -93,11 +95,17 @@ def keep_canonical(layer: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def nf4_linear(x: Tensor, layer: BaseLinear) -> Tensor:
-    """x[…, in] times the base's weight, plus its bias: […, out]."""
-    if type(layer) is nn.Linear:
-        return _dense_linear(x, layer)
-    y: Tensor = layer.forward(x)  # nothing hooks into it: looking for that takes longer than a small product
+def nf4_linear(x: Tensor, layer: BaseLinear, added: BatchLowRank | None = None) -> Tensor:
+    """x[…, in] times the base's weight, plus its bias: […, out]. Then plus what low ranks give for x, made on the way
+    where that can be done: the same values to the bit, without the time that a call of its own takes.
+    """
+    product = layer.in_c if isinstance(layer, PackedLinear) and x.dtype is torch.bfloat16 else None
+    if product is not None and added is not None and added.in_c is not None:
+        return product(x.contiguous(), added.in_c)
+    # Nothing hooks into a layer: looking for that takes longer than a small product.
+    y: Tensor = _dense_linear(x, layer) if type(layer) is nn.Linear else layer.forward(x)
+    if added is not None:
+        added(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
     return y
 
 

@@ -17,11 +17,11 @@ from hatrack_server.kernels.rms_norm import fastest_norm
 class Effect(Protocol):
     """What the adapters of one batch do at one module."""
 
-    def input(self, x: Tensor) -> Tensor:
-        """What a linear layer's product takes in place of x[T, in]."""
+    def linear(self, x: Tensor, layer: BaseLinear) -> Tensor:
+        """What a linear layer gives for x[…, in] with them: […, out]. x is left as it is."""
 
     def output(self, y: Tensor, x: Tensor) -> None:
-        """Changes the module's output y[T, …] in place, given x[T, …]: what it got, a norm's as it is normalised."""
+        """Changes y[T, …], what another module gives, in place; x[T, …] is what it got, a norm's as normalised."""
 
 
 class Effects:
@@ -106,12 +106,7 @@ class AdaptedLinear(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         """x[1, T, in] to [1, T, out]."""
         effect = self._effects.by_module.get(self.name)
-        if effect is None:
-            return nf4_linear(x, self.base)
-        tokens = x.reshape(-1, x.shape[-1])
-        y = nf4_linear(effect.input(tokens), self.base)
-        effect.output(y, tokens)
-        return y.view(*x.shape[:-1], -1)
+        return nf4_linear(x, self.base) if effect is None else effect.linear(x, self.base)
 
 
 def wrap_linears(model: PreTrainedModel, effects: Effects) -> dict[str, nn.Linear]:

@@ -5,12 +5,13 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hatrack_server.adapters.apply import BatchEffects
 from hatrack_server.adapters.pieces import (
     InputScale,
     LowRank,
+    OutputLowRank,
     OutputScale,
     OutputShift,
     ReluBottleneck,
@@ -185,19 +186,45 @@ def test_a_bad_program_touches_its_own_rows_only(programs: Programs) -> None:
     torch.testing.assert_close(y[[0, 2, 3]], wanted[[0, 2, 3]])
 
 
+@torch.inference_mode()
 def test_pieces_act_in_their_order_whatever_the_order_of_a_program() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b, scale, shift, x_scale = (torch.randn(n, generator=generator) for n in (4, 6, 6, 6, 4))
     pieces = (OutputShift(shift), OutputScale(scale), LowRank(a[None], b[None]), InputScale(x_scale))
     places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place(tuple(("q", piece) for piece in pieces))
-    y, x = inputs("q", [(None, 1), (0, 2)])
+    _, x = inputs("q", [(None, 1), (0, 2)])
     effect = BatchEffects().build([(None, 1, 0), (Slot(places), 2, 0)])["q"]
-    seen, before = effect.input(x), x.clone()
+    layer, before = nn.Linear(4, 6), x.clone()
+    found = effect.linear(x[None], layer)
     assert torch.equal(x, before)
-    torch.testing.assert_close(seen, torch.cat([x[:1], x[1:] * x_scale]))
-    wanted = torch.cat([y[:1], (y[1:] + (x[1:] @ a)[:, None] * b) * scale + shift])
-    effect.output(y, x)
-    torch.testing.assert_close(y, wanted)
+    wanted = torch.cat([layer(x[:1]), (layer(x[1:] * x_scale) + (x[1:] @ a)[:, None] * b) * scale + shift])
+    torch.testing.assert_close(found, wanted[None])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kinds", ["sum", "sum and shift", "shift", "scaled input and sum", "of outputs"])
+def test_a_layer_gives_its_product_and_all_pieces(kinds: str) -> None:
+    """Whatever of them its product takes along."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, left, shift, x_scale = (torch.randn(n, generator=generator) for n in (4, 6, 6, 6, 4))
+    pieces = {
+        "sum": (LowRank(a[None], b[None]),),
+        "sum and shift": (LowRank(a[None], b[None]), OutputShift(shift)),
+        "shift": (OutputShift(shift),),
+        "scaled input and sum": (LowRank(a[None], b[None]), InputScale(x_scale)),
+        "of outputs": (OutputLowRank(left[None], b[None]), LowRank(a[None], b[None])),
+    }[kinds]
+    places = Pools(torch.float32, torch.device("cpu"), 1 << 20).place(tuple(("q", piece) for piece in pieces))
+    effect = BatchEffects().build([(Slot(places), 3, 0)])["q"]
+    layer, x = nn.Linear(4, 6), torch.randn(1, 3, 4, generator=generator)
+    wanted = layer(x * x_scale if "input" in kinds else x)
+    if kinds == "of outputs":
+        wanted = wanted + (wanted @ left)[..., None] * b
+    if kinds != "shift":
+        wanted = wanted + (x @ a)[..., None] * b
+    if "shift" in kinds:
+        wanted = wanted + shift
+    torch.testing.assert_close(effect.linear(x, layer), wanted)
 
 
 def test_a_soft_prompt_takes_the_first_positions_of_its_sequence_alone() -> None:
@@ -222,6 +249,7 @@ def test_decodes_behind_a_soft_prompt_repeat() -> None:
     assert effects.build([(slot, 1, 2)]) is not first
 
 
+@torch.inference_mode()
 def test_pieces_at_one_module_act_in_the_order_of_their_stages() -> None:
     """Whatever their order in the program: y = bottleneck((head + low rank) * scale + shift)."""
     generator = torch.Generator().manual_seed(0)
@@ -235,10 +263,8 @@ def test_pieces_at_one_module_act_in_the_order_of_their_stages() -> None:
     ]
     places = Pools(torch.float32, torch.device("cpu"), 10**6).place(tuple(("q", piece) for piece in pieces))
     effect = BatchEffects().build([(Slot(places), 2, 0)])["q"]
-    x, y = torch.randn(2, 4, generator=generator), torch.randn(2, 6, generator=generator)
-    bottleneck, shift, scale, low_rank, head, input_scale = (piece.tensors for piece in pieces)
-    torch.testing.assert_close(effect.input(x), x * input_scale[0])
+    x, layer = torch.randn(2, 4, generator=generator), nn.Linear(4, 6)
+    bottleneck, shift, scale, low_rank, head, _ = (piece.tensors for piece in pieces)
     h = (x @ head[0].mT + x @ low_rank[0].mT @ low_rank[1]) * scale[0] + shift[0]
     wanted = h + (h @ bottleneck[0].mT + bottleneck[1]).relu() @ bottleneck[2] + bottleneck[3]
-    effect.output(y, x)
-    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(effect.linear(x, layer), wanted)

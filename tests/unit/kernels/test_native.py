@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,35 +34,33 @@ def halves(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (3, 77, 1111), (1, 1, 1), (16, 64, 96), (40, 32, 300)])
 @pytest.mark.parametrize("skew", SKEWS)
 def test_low_rank_equals_its_reference(library: Native, skew: str, rank: int, width: int, out: int) -> None:
-    rows = torch.tensor(SKEWS[skew], dtype=torch.int32)
+    rows = SKEWS[skew]
     a, b = halves(ROWS, rank, width), halves(ROWS, rank, out, seed=1)
     x, y = halves(len(rows), width, seed=2), halves(len(rows), out, seed=3)
     wanted = y.float()
-    add_low_rank_reference(
-        wanted, x.float(), a.float(), b.float(), [Run(t, 1, (r,)) for t, r in enumerate(SKEWS[skew])]
-    )
-    library.low_rank_sum(a, b, rows)(y, x)
+    runs = [Run(0, 1, tuple(rows))]
+    add_low_rank_reference(wanted, x.float(), a.float(), b.float(), runs)
+    library.low_rank_sums(a, b, runs)(y, x)
     torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-4 * width)  # one rounding of the sum
 
 
 @pytest.mark.parametrize("length", [2, 4, 7])
 @pytest.mark.parametrize(("rank", "width", "out"), [(8, 64, 32), (6, 77, 300), (16, 32, 96), (33, 32, 50)])
 def test_low_rank_of_several_tokens_to_a_row(library: Native, rank: int, width: int, out: int, length: int) -> None:
-    rows = [4, 0, 7]
+    runs = [Run(1, length, (4, 0, 7)), Run(2 + 3 * length, 1, (4, 4)), Run(4 + 3 * length, 2 * length, (1,))]
+    tokens = runs[-1].stop
     a, b = halves(ROWS, rank, width), halves(ROWS, rank, out, seed=1)
-    x, y = halves(2 + len(rows) * length, width, seed=2), halves(3 + len(rows) * length, out, seed=3)[1:]
+    x, y = halves(tokens + 1, width, seed=2), halves(tokens + 2, out, seed=3)[1:]
     wanted = y.float()
-    runs = [Run(1, length, tuple(rows))]
     add_low_rank_reference(wanted, x.float(), a.float(), b.float(), runs)
-    library.low_rank_sum(a, b, runs[0].row_numbers, start=1, length=length)(y, x)
+    library.low_rank_sums(a, b, runs)(y, x)
     torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-4 * width)
 
 
 def test_low_rank_on_its_own_output(library: Native) -> None:
     a, b, y = halves(2, 8, 40), halves(2, 8, 40, seed=1), halves(3, 40, seed=2)
     other = y.clone()
-    rows = torch.tensor([0, 1, 1], dtype=torch.int32)
-    add = library.low_rank_sum(a, b, rows)
+    add = library.low_rank_sums(a, b, [Run(0, 1, (0, 1, 1))])
     add(other, y)
     add(y, y)
     assert torch.equal(y, other)
@@ -72,9 +71,8 @@ def test_low_rank_between_other_tokens(library: Native) -> None:
     a, b, x, y = halves(2, 8, 24), halves(2, 8, 24, seed=1), halves(5, 48, seed=2), halves(5, 48, seed=3)
     wanted = y[1:3, :24].clone()
     before = y.clone()
-    rows = torch.tensor([1, 0], dtype=torch.int32)
-    library.low_rank_sum(a, b, rows)(wanted, x[1:3, :24].contiguous())
-    library.low_rank_sum(a, b, rows, start=1)(y[:, :24], x[:, :24])
+    library.low_rank_sums(a, b, [Run(0, 1, (1, 0))])(wanted, x[1:3, :24].contiguous())
+    library.low_rank_sums(a, b, [Run(1, 1, (1, 0))])(y[:, :24], x[:, :24])
     assert torch.equal(y[1:3, :24], wanted)
     y[1:3, :24] = before[1:3, :24]
     assert torch.equal(y, before)
@@ -83,9 +81,8 @@ def test_low_rank_between_other_tokens(library: Native) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_adapter_stays_with_its_tokens(library: Native, value: float) -> None:
     a, b, x, y = halves(3, 8, 40), halves(3, 8, 600, seed=1), halves(3, 40, seed=2), halves(3, 600, seed=3)
-    rows = torch.arange(3, dtype=torch.int32)
     wanted, found = y.clone(), y.clone()
-    add = library.low_rank_sum(a, b, rows)
+    add = library.low_rank_sums(a, b, [Run(0, 1, (0, 1, 2))])
     add(wanted, x)
     a[1] = value
     add(found, x)
@@ -110,27 +107,26 @@ def test_a_step_of_decodes_and_prompts_in_bfloat16(lengths: tuple[int, ...]) -> 
 
 def test_operands_that_dont_fit_are_refused(library: Native) -> None:
     a, b, x, y = halves(2, 8, 24), halves(2, 8, 40), halves(3, 24), halves(3, 40)
-    rows = torch.zeros(3, dtype=torch.int32)
+    run = Run(0, 1, (0, 1, 0))
 
-    def apply(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, start: int = 0, length: int = 1) -> None:
-        library.low_rank_sum(a, b, rows, start=start, length=length)(y, x)
+    def apply(y: Tensor, x: Tensor, a: Tensor, b: Tensor, *runs: Run) -> None:
+        library.low_rank_sums(a, b, runs)(y, x)
 
     for wrong in (
-        (y, x[:, :20], a, b, rows),
-        (y[:, :39], x, a, b, rows),
-        (y, x, a, b, torch.cat([rows, rows])),
-        (y, x, a, b[:, :4], rows),
-        (y, x.T.contiguous().T, a, b, rows),
-        (y, x, halves(2, 8, 48)[:, :, ::2], b, rows),
-        (y, x, a.float(), b, rows),
-        (y, x, a, b, rows.long()),
-        (y, x, a, b, torch.zeros(6, dtype=torch.int32)[::2]),
+        (y, x[:, :20], a, b),
+        (y[:, :39], x, a, b),
+        (y[:2], x, a, b),
+        (y, x, a, b[:, :4]),
+        (y, x.T.contiguous().T, a, b),
+        (y, x, halves(2, 8, 48)[:, :, ::2], b),
+        (y, x, a.float(), b),
+        (y, x, a, b.float()),
     ):
         with pytest.raises(ValueError, match="fit"):
-            apply(*wrong)
-    for start, length in ((-1, 1), (1, 1), (0, 2)):
+            apply(*wrong, run)
+    for wrong_run in (replace(run, start=-1), replace(run, start=1), replace(run, length=2)):
         with pytest.raises(ValueError, match="fit"):
-            apply(y, x, a, b, rows, start=start, length=length)
+            apply(y, x, a, b, run, wrong_run)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -8,6 +8,7 @@ from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bi
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
+from hatrack_server.kernels.low_rank import BatchLowRank
 from hatrack_server.kernels.native import Native
 from hatrack_server.kernels.nf4_linear import (
     PackedLinear,
@@ -17,6 +18,7 @@ from hatrack_server.kernels.nf4_linear import (
     nf4_tensors,
     pack,
 )
+from hatrack_server.kernels.runs import Run
 
 # bitsandbytes keeps one scale for 64 weights; the last two don't fit its packed kernel.
 SHAPES = [(64, 128), (32, 64), (40, 64), (64, 96)]
@@ -106,6 +108,52 @@ def test_a_tokens_product_does_not_depend_on_its_neighbours(product: Callable[[T
     for tokens in (1, 3, 4, 5, 9, 33, 299):
         assert torch.equal(product(x[:tokens]), together[:tokens])
         assert torch.equal(product(x[-tokens:]), together[-tokens:])
+
+
+def low_rank(
+    runs: list[Run], *, inputs: int = 192, outputs: int = 96, dtype: torch.dtype = torch.bfloat16
+) -> BatchLowRank:
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(5, 12, inputs, generator=generator) / 8, torch.randn(5, 12, outputs, generator=generator) / 8
+    return BatchLowRank(a.to(dtype), b.to(dtype), runs)
+
+
+DECODES = [Run(1, 1, (3, 0, 4)), Run(4, 3, (1, 2)), Run(11, 1, (0,))]
+MIXED = [*DECODES, Run(12, 200, (2,))]  # its tokens are too many for the C kernel
+LAYERS = {
+    "packed": lambda: pack(layer_of(96, 192, bias=False, dtype=torch.bfloat16)),
+    "packed, with a bias": lambda: pack(layer_of(96, 192, bias=True, dtype=torch.bfloat16)),
+    "as bitsandbytes has it": lambda: layer_of(96, 192, bias=False, dtype=torch.bfloat16),
+    "dense": lambda: nn.Linear(192, 96, dtype=torch.bfloat16),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("runs", [DECODES, MIXED, []], ids=["decodes", "mixed", "none"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_low_ranks_on_the_way_are_those_of_a_call_of_their_own(kind: str, runs: list[Run], dtype: torch.dtype) -> None:
+    if kind == "dense" and dtype is torch.float32:
+        pytest.skip("a dense layer takes no dtype but its own")
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    keep_canonical(layer)
+    added, x = low_rank(runs), inputs(300, 192).to(dtype)
+    wanted = nf4_linear(x, layer)
+    before = wanted.clone()
+    added(wanted, x)
+    assert torch.equal(wanted, before) == (not runs)
+    assert torch.equal(nf4_linear(x, layer, added), wanted)
+    assert torch.equal(nf4_linear(x[None], layer, added), wanted[None])
+
+
+def test_low_ranks_of_another_layer_are_refused(packed_layer: PackedLinear, library: Native) -> None:
+    if not library.has_nf4_product:
+        pytest.skip("no product in C on this machine")
+    wrong = (11, low_rank(DECODES)), (12, low_rank(DECODES, inputs=128)), (12, low_rank(DECODES, outputs=95))
+    for tokens, added in wrong:
+        with pytest.raises(ValueError, match="fit"):
+            nf4_linear(inputs(tokens, 192).bfloat16(), packed_layer, added)
 
 
 def test_operands_that_dont_fit_are_refused(packed_layer: PackedLinear, library: Native) -> None:

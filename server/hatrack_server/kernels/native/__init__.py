@@ -10,11 +10,13 @@ import functools
 import logging
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch  # its OpenMP runtime must be in the process first: ours is then the same, with the same threads
 from torch import Tensor
+
+from hatrack_server.kernels.runs import Run
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +27,66 @@ COMPILE_SECONDS = 60
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
-    "add_low_rank": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 4, *[_INT] * 6],
+    "add_low_rank": [_POINTER, _INT, _POINTER, _INT, _POINTER, *[_INT] * 3],
     "dense_product": [_POINTER, _INT, *[_POINTER] * 2, *[_INT] * 3],
     "paged_decode": [*[_POINTER] * 6, ctypes.c_float, *[_INT] * 6],
-    "nf4_product": [*[_POINTER] * 5, *[_INT] * 4],
+    "nf4_product": [*[_POINTER] * 5, *[_INT] * 4, _POINTER, _INT],
     "rms_norm": [*[_POINTER] * 3, ctypes.c_float, *[_INT] * 2],
 }
+
+
+class _LowRankSum(ctypes.Structure):
+    """As low_rank.h has it."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("a", "b", "rows", "v")),
+        *((name, _INT) for name in ("start", "count", "length", "rank")),
+    )
+
+
+class LowRankSums:
+    """y[t, out] += (x[t, in] a[row]ᵀ) b[row] in place, for the tokens t of runs and their rows; what doesn't change
+    while a batch lives is looked up and checked once. Not for two threads at a time.
+
+    pointer: to an array of `length`, in which C finds them.
+    """
+
+    def __init__(self, function: Callable[..., None], a: Tensor, b: Tensor, runs: Sequence[Run]) -> None:
+        (_, rank, width), out = a.shape, b.shape[2]
+        _require(
+            b.shape[1] == rank  # either may have more rows behind those that are taken
+            and a.dtype is b.dtype is torch.bfloat16
+            and a.is_contiguous()
+            and b.is_contiguous()
+            and all(run.start >= 0 for run in runs)
+        )
+        self._function = function
+        self._width, self._out = width, out
+        self._stop = max((run.stop for run in runs), default=0)
+        numbers = [run.row_numbers for run in runs]
+        between = [torch.empty(len(run.rows) * run.length * rank, dtype=torch.float32) for run in runs]
+        self._array = (_LowRankSum * len(runs))(
+            *(
+                _LowRankSum(
+                    a.data_ptr(), b.data_ptr(), rows.data_ptr(), v.data_ptr(), run.start, len(rows), run.length, rank
+                )
+                for run, rows, v in zip(runs, numbers, between, strict=True)
+            )
+        )
+        self._tensors = a, b, numbers, between  # whose memory lives as long as this
+        self.pointer, self.length = ctypes.addressof(self._array), len(runs)
+
+    def __call__(self, y: Tensor, x: Tensor) -> None:
+        """bfloat16. Each token of y[T, out] and x[T, in], which may be the same tensor, is contiguous."""
+        (tokens, width), (y_stride, y_step), (x_stride, x_step) = x.shape, y.stride(), x.stride()
+        _require(y_step == x_step == 1 and len(y) == tokens and self.fit(tokens, width, y.shape[1]))
+        self._function(
+            y.data_ptr(), y_stride, x.data_ptr(), x_stride, self.pointer, self.length, self._width, self._out
+        )
+
+    def fit(self, tokens: int, width: int, out: int) -> bool:
+        """Whether x[tokens, width] and y[tokens, out] are what they are for."""
+        return width == self._width and out == self._out and self._stop <= tokens
 
 
 class NF4Product:
@@ -51,46 +107,18 @@ class NF4Product:
         self._weight = weight  # whose memory lives as long as this
         self._pointers = packed.data_ptr(), scales.data_ptr(), code.data_ptr()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x[…, k], tokens side by side, to […, n], both bfloat16. A token's outputs are the same to the bit whatever
-        tokens stand beside it.
+    def __call__(self, x: Tensor, added: LowRankSums | None = None) -> Tensor:
+        """x[…, k], tokens side by side, to […, n], both bfloat16; `added` are sums of the same x, added to what is
+        rounded already. A token's outputs are the same to the bit whatever tokens stand beside it.
         """
-        *tokens, k = x.shape
+        *shape, k = x.shape
+        tokens = x.numel() // self._k
         _require(k == self._k and x.dtype is torch.bfloat16 and x.is_contiguous())
-        y = torch.empty(*tokens, self._n, dtype=torch.bfloat16)
-        self._function(x.data_ptr(), *self._pointers, y.data_ptr(), x.numel() // k, self._n, k, self._tiles)
+        _require(added is None or added.fit(tokens, k, self._n))
+        y = torch.empty(*shape, self._n, dtype=torch.bfloat16)
+        sums = (None, 0) if added is None else (added.pointer, added.length)
+        self._function(x.data_ptr(), *self._pointers, y.data_ptr(), tokens, self._n, k, self._tiles, *sums)
         return y
-
-
-class LowRankSum:
-    """y[t, out] += (x[t, in] a[row]ᵀ) b[row] in place, for `length` tokens of each of rows[n], from `start` on; what
-    doesn't change while a batch lives is looked up and checked once. Not for two threads at a time.
-    """
-
-    def __init__(
-        self, function: Callable[..., None], a: Tensor, b: Tensor, rows: Tensor, *, start: int, length: int
-    ) -> None:
-        (_, rank, width), out, count = a.shape, b.shape[2], rows.numel()
-        _require(
-            b.shape[1] == rank  # either may have more rows behind those that are taken
-            and (a.dtype, b.dtype, rows.dtype) == (torch.bfloat16, torch.bfloat16, torch.int32)
-            and all(tensor.is_contiguous() for tensor in (a, b, rows))
-            and start >= 0
-        )
-        self._function = function
-        self._width, self._out, self._stop = width, out, start + count * length
-        between = torch.empty(count * length * rank, dtype=torch.float32)
-        self._tensors = a, b, rows, between  # whose memory lives as long as this
-        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        self._sizes = start, count, length, rank, width, out
-
-    def __call__(self, y: Tensor, x: Tensor) -> None:
-        """bfloat16. Each token of y[T, out] and x[T, in], which may be the same tensor, is contiguous."""
-        (tokens, width), (y_stride, y_step), (x_stride, x_step) = x.shape, y.stride(), x.stride()
-        _require(
-            y_step == x_step == 1 and width == self._width and self._stop <= tokens and y.shape == (tokens, self._out)
-        )
-        self._function(y.data_ptr(), y_stride, x.data_ptr(), x_stride, *self._pointers, *self._sizes)
 
 
 class RMSNorm:
@@ -133,9 +161,9 @@ class Native:
         self._paged_decode = library.paged_decode
         self._rms_norm = library.rms_norm
 
-    def low_rank_sum(self, a: Tensor, b: Tensor, rows: Tensor, *, start: int = 0, length: int = 1) -> LowRankSum:
-        """For contiguous a[…, r, in] and b[…, r, out], bfloat16, and rows[n] of both, int32."""
-        return LowRankSum(self._add_low_rank, a, b, rows, start=start, length=length)
+    def low_rank_sums(self, a: Tensor, b: Tensor, runs: Sequence[Run]) -> LowRankSums:
+        """For contiguous a[…, r, in] and b[…, r, out], bfloat16, and runs of rows of both, whose tokens are apart."""
+        return LowRankSums(self._add_low_rank, a, b, runs)
 
     def dense_product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x[T, k] times weight[n, k]: [T, n], all bfloat16."""

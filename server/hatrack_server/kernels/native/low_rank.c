@@ -1,112 +1,12 @@
-// y += (x Aᵀ) B, the tokens of each row with its own adapter's A and B: few tokens at the speed of reading them.
-#include "dot.h"
+#include "low_rank.h"
 
-enum { CHUNK = 256 };  // outputs that one thread makes at a time: their sums stay in its nearest cache
-enum { SLAB = 16 };    // ranks whose products are summed up in registers; more rows of b would push each other out
-
-// Adds v[tokens, ranks] b[ranks, 0 … n) to sums[tokens, 0 … n), which the first slab of a rank begins, and the last one
-// adds to y[tokens, 0 … n), rounded once. The rows of b are `stride` apart, as those at `next`, for which it asks.
-static inline __attribute__((always_inline)) void add_slab(bfloat16 *y, int64_t y_stride, float (*sums)[CHUNK],
-                                                           const float *v, int64_t v_stride, const bfloat16 *b,
-                                                           const bfloat16 *next, int64_t stride, int64_t n,
-                                                           const int tokens, const int64_t ranks, const int first,
-                                                           const int last) {
-    int64_t i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {  // a cache line of each row: so none is read twice
-        lanes low[GROUP] = {0}, high[GROUP] = {0};
-        for (int t = 0; t < tokens && !first; t++) {
-            memcpy(&low[t], sums[t] + i, sizeof low[t]);
-            memcpy(&high[t], sums[t] + i + LANES, sizeof high[t]);
-        }
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < ranks; r++) {
-            const bfloat16 *weights = b + r * stride + i;
-            const lanes low_weights = widen_lanes(weights), high_weights = widen_lanes(weights + LANES);
-            __builtin_prefetch(next + r * stride + i, 0, 2);
-            for (int t = 0; t < tokens; t++) {
-                low[t] += v[t * v_stride + r] * low_weights;
-                high[t] += v[t * v_stride + r] * high_weights;
-            }
-        }
-        for (int t = 0; t < tokens; t++) {
-            bfloat16 *own = y + t * y_stride + i;
-            if (last) {
-                narrow_lanes(own, widen_lanes(own) + low[t]);
-                narrow_lanes(own + LANES, widen_lanes(own + LANES) + high[t]);
-            } else {
-                memcpy(sums[t] + i, &low[t], sizeof low[t]);
-                memcpy(sums[t] + i + LANES, &high[t], sizeof high[t]);
-            }
-        }
-    }
-    for (; i < n; i++) {
-        for (int t = 0; t < tokens; t++) {
-            float sum = first ? 0 : sums[t][i];
-            for (int64_t r = 0; r < ranks; r++) sum += v[t * v_stride + r] * widen(b[r * stride + i]);
-            if (last)
-                y[t * y_stride + i] = narrow(widen(y[t * y_stride + i]) + sum);
-            else
-                sums[t][i] = sum;
-        }
-    }
-}
-
-// y[tokens, 0 … n) += v[tokens, rank] b[rank, 0 … n), rounded once.
-static inline __attribute__((always_inline)) void expand(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank,
-                                                         const bfloat16 *b, const bfloat16 *next, int64_t stride,
-                                                         int64_t n, const int tokens) {
-    float sums[GROUP][CHUNK] __attribute__((aligned(64)));
-#define ADD(ranks, first, last)                                                                                  \
-    add_slab(y, y_stride, sums, v + r, rank, b + r * stride, next + r * stride, stride, n, tokens, ranks, first, last)
-    int64_t r = 0;
-    if (rank == SLAB) {
-        ADD(SLAB, 1, 1);
-    } else if (rank < SLAB) {
-        ADD(rank, 1, 1);
-    } else {
-        for (; r + SLAB < rank; r += SLAB) ADD(SLAB, r == 0, 0);
-        ADD(rank - r, 0, 1);
-    }
-#undef ADD
-}
-
-static void expand_few(bfloat16 *y, int64_t y_stride, const float *v, int64_t rank, const bfloat16 *b,
-                       const bfloat16 *next, int64_t stride, int64_t n, int64_t tokens) {
-    if (tokens == GROUP)
-        expand(y, y_stride, v, rank, b, next, stride, n, GROUP);
-    else
-        for (int64_t t = 0; t < tokens; t++)
-            expand(y + t * y_stride, y_stride, v + t * rank, rank, b, next, stride, n, 1);
-}
-
-// Each of the `count` rows of a[…, rank, in] and b[…, rank, out] meets `length` tokens of y and x, which may be the same,
-// one after the other from `start` on; v[count · length, rank] is overwritten.
-void add_low_rank(bfloat16 *y, int64_t y_stride, const bfloat16 *x, int64_t x_stride, const bfloat16 *a,
-                  const bfloat16 *b, const int32_t *rows, float *v, int64_t start, int64_t count, int64_t length,
-                  int64_t rank, int64_t in, int64_t out) {
-    const int64_t parts = (length + GROUP - 1) / GROUP;
-    const int64_t ranks = (rank + GROUP - 1) / GROUP, chunks = (out + CHUNK - 1) / CHUNK;
-    y += start * y_stride;
-    x += start * x_stride;
+// Adds all of the sums to y, given x, which may be y: their tokens are apart.
+void add_low_rank(bfloat16 *y, int64_t y_stride, const bfloat16 *x, int64_t x_stride, const LowRankSum *sums,
+                  int64_t how_many, int64_t in, int64_t out) {
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count * parts * ranks; i++) {
-            const int64_t row = i / ranks / parts, first = i / ranks % parts * GROUP, r = i % ranks * GROUP;
-            const int64_t token = row * length + first, after = least(row + 1, count - 1);
-            const bfloat16 *own = a + (rows[row] * rank + r) * in;
-            const bfloat16 *next = r + GROUP < rank ? own + GROUP * in : a + rows[after] * rank * in;
-            dot_few(v + token * rank + r, rank, x + token * x_stride, x_stride, own, next, in,
-                    least(length - first, GROUP), least(rank - r, GROUP));
-        }
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < count * parts * chunks; i++) {
-            const int64_t row = i / chunks / parts, first = i / chunks % parts * GROUP, output = i % chunks * CHUNK;
-            const int64_t token = row * length + first, after = least(row + 1, count - 1);
-            const bfloat16 *own = b + rows[row] * rank * out + output;
-            const bfloat16 *next = output + CHUNK < out ? own + CHUNK : b + rows[after] * rank * out;
-            expand_few(y + token * y_stride + output, y_stride, v + token * rank, rank, own, next, out,
-                       least(out - output, CHUNK), least(length - first, GROUP));
-        }
+        shrink_all(sums, how_many, x, x_stride, in);
+#pragma omp barrier
+        expand_all(sums, how_many, y, y_stride, out);
     }
 }

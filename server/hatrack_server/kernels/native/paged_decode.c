@@ -29,7 +29,7 @@ static inline lanes exponential(lanes x) {
 static inline __attribute__((always_inline)) void add_values(float (*sums)[WIDEST], const float *weights,
                                                              const bfloat16 *const *values, int64_t first, int64_t keys,
                                                              const int tokens, const int vectors) {
-    lanes own[GROUP][GROUP];
+    lanes own[FEW][FEW];
     for (int t = 0; t < tokens; t++)
         for (int i = 0; i < vectors; i++) memcpy(&own[t][i], sums[t] + first + i * LANES, sizeof own[t][i]);
     for (int64_t key = 0; key < keys; key++)
@@ -70,8 +70,8 @@ typedef struct {
 static inline __attribute__((always_inline)) void attend(bfloat16 *out, const bfloat16 *queries, Head head,
                                                          const int64_t *slots, const uint8_t *mask, int64_t length,
                                                          float scale, const int tokens) {
-    float sums[GROUP][WIDEST] __attribute__((aligned(64))), scores[GROUP][CHUNK] __attribute__((aligned(64)));
-    float highest[GROUP], total[GROUP] = {0};
+    float sums[FEW][WIDEST] __attribute__((aligned(64))), scores[FEW][CHUNK] __attribute__((aligned(64)));
+    float highest[FEW], total[FEW] = {0};
     for (int t = 0; t < tokens; t++) {
         memset(sums[t], 0, head.value_width * sizeof **sums);
         highest[t] = -INFINITY;
@@ -88,9 +88,9 @@ static inline __attribute__((always_inline)) void attend(bfloat16 *out, const bf
         for (int64_t key = 0; key < seen; key++)
             for (int64_t i = 0; i < head.value_width; i += 2 * LANES) __builtin_prefetch(values[key] + i);
         int64_t key = 0;
-        for (; key + GROUP <= seen; key += GROUP)
-            dot(scores[0] + key, CHUNK, queries, head.key_width, keys + key, keys + least(key + AHEAD, seen - GROUP),
-                head.key_width, tokens, GROUP);
+        for (; key + FEW <= seen; key += FEW)
+            dot(scores[0] + key, CHUNK, queries, head.key_width, keys + key, keys + least(key + AHEAD, seen - FEW),
+                head.key_width, tokens, FEW);
         for (; key < seen; key++)
             dot(scores[0] + key, CHUNK, queries, head.key_width, keys + key, keys + key, head.key_width, tokens, 1);
         for (int t = 0; t < tokens; t++) {
@@ -99,8 +99,8 @@ static inline __attribute__((always_inline)) void attend(bfloat16 *out, const bf
             for (int64_t i = 0; i < head.value_width; i++) sums[t][i] *= earlier;
         }
         int64_t i = 0;
-        for (; i + GROUP * LANES <= head.value_width; i += GROUP * LANES)
-            add_values(sums, scores[0], values, i, seen, tokens, GROUP);
+        for (; i + FEW * LANES <= head.value_width; i += FEW * LANES)
+            add_values(sums, scores[0], values, i, seen, tokens, FEW);
         for (; i < head.value_width; i += LANES) add_values(sums, scores[0], values, i, seen, tokens, 1);
     }
     for (int t = 0; t < tokens; t++)
@@ -122,11 +122,11 @@ void paged_decode(bfloat16 *out, const bfloat16 *q, const bfloat16 *keys, const 
 #define ATTEND(tokens)                                                                                               \
     attend(out + first * value_width, q + first * key_width, head, slots + row * length, mask + row * length, length, \
            scale, tokens)
-        for (; first < last; first += GROUP) switch (least(last - first, GROUP)) {
+        for (; first < last; first += FEW) switch (least(last - first, FEW)) {
                 case 1: ATTEND(1); break;
                 case 2: ATTEND(2); break;
                 case 3: ATTEND(3); break;
-                default: ATTEND(GROUP);
+                default: ATTEND(FEW);
             }
 #undef ATTEND
     }
