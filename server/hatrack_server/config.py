@@ -40,6 +40,8 @@ class EngineConfig(BaseModel):
     """Tokens in one step: prompts are prefilled in chunks that fit beside the running decodes."""
     max_waiting: int = Field(default=1024, ge=1)
     """Sequences that may wait for admission; one more is refused."""
+    async_scheduling: bool | None = None
+    """Make the next step ready while the device computes one. None: on a GPU."""
     max_rank: int = Field(default=256, ge=1)
     prefix_cache: bool = True
 

@@ -12,6 +12,7 @@ from tiny import make_checkpoint
 
 from hatrack_server.config import EngineConfig
 from hatrack_server.model.paged import PagedModel
+from hatrack_server.types import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -42,4 +43,30 @@ def test_nf4_is_served_on_cuda(tmp_path: Path) -> None:
     run = InProcess(PagedModel(config), config)  # the probe compares it with transformers' own attention
     generation = run.submit(list(range(40)))
     assert len(tokens(run.run()[generation])) == 8
+    run.close()
+
+
+def test_a_step_ahead_waits_for_nothing_but_the_last_ones_tokens(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "base")
+    base = Oracle(checkpoint, quantization="nf4", dtype=torch.float32, packed=False).base
+    adapter = make_adapter(base, tmp_path / "a", seed=0, r=8, target_modules="all-linear")
+    config = EngineConfig(model=checkpoint, device="cuda", kv_cache_gb=0.01)
+    run = InProcess(PagedModel(config), config)
+    run.load([adapter])
+    samplings = (
+        Sampling(temperature=0.0, max_tokens=40, ignore_eos=True),
+        Sampling(temperature=0.8, top_p=0.9, max_tokens=40, ignore_eos=True, logprobs=3),
+        Sampling(temperature=0.8, max_tokens=40, min_tokens=40),
+    )
+    for n, sampling in enumerate(samplings):
+        run.submit([1, 2, 3 + n], adapter if n else None, sampling=sampling)
+    for _ in range(8):
+        run.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):  # an event is waited for, the device is not
+            assert len(run.step()) == len(samplings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    run.run()
     run.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tiny import FAMILIES, make_checkpoint
 
 from hatrack_server.adapters.pieces import Pieces
 from hatrack_server.config import EngineConfig
+from hatrack_server.engine.sampler import Drawn, Sample
+from hatrack_server.engine.sequence import PENDING, Sequence
 from hatrack_server.model.paged import PagedModel
 from hatrack_server.types import Artifact, FinishReason, Sampling
 
@@ -77,9 +80,14 @@ def alone(bench: Bench) -> list[list[int]]:
     return answers
 
 
+@pytest.fixture(params=[False, True], ids=["in step", "ahead"])
+def ahead(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture
-def engine(bench: Bench, request: pytest.FixtureRequest) -> Iterator[InProcess]:
-    run = bench.engine(**getattr(request, "param", {}))
+def engine(bench: Bench, ahead: bool, request: pytest.FixtureRequest) -> Iterator[InProcess]:
+    run = bench.engine(async_scheduling=ahead, **getattr(request, "param", {}))
     yield run
     run.close()
 
@@ -96,7 +104,17 @@ def test_batched_and_chunked_equal_alone(engine: InProcess, bench: Bench, alone:
 
 
 @pytest.mark.parametrize("engine", [{"kv_cache_gb": 0.0001 * 1.2}], indirect=True, ids=str)
-def test_preempted_equal_alone(engine: InProcess, bench: Bench, alone: list[list[int]]) -> None:
+def test_preempted_equal_alone(
+    engine: InProcess, bench: Bench, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = engine.engine.scheduler
+    preempt = scheduler._preempt
+
+    def known(sequence: Sequence) -> None:
+        assert PENDING not in sequence.tokens
+        preempt(sequence)
+
+    monkeypatch.setattr(scheduler, "_preempt", known)
     assert all_at_once(engine, bench) == alone
     assert engine.engine.scheduler.preemptions > 0
 
@@ -125,6 +143,45 @@ def test_the_cache_never_crosses_tenants_or_adapters(engine: InProcess, bench: B
     engine.submit(prompt, None, salt=b"a")
     engine.run()
     assert engine.engine.stats(stepped=True).cached_tokens > 0
+
+
+def test_ahead_the_next_pass_is_started_before_the_last_is_waited_for(
+    engine: InProcess, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    forward, read = engine.engine.model.forward, Sample.read
+
+    def started(*args: Any) -> torch.Tensor:
+        events.append("start")
+        return forward(*args)
+
+    def waited(sample: Sample) -> list[Drawn | None]:
+        events.append("wait")
+        return read(sample)
+
+    monkeypatch.setattr(engine.engine.model, "forward", started)
+    monkeypatch.setattr(Sample, "read", waited)
+    engine.submit([1, 2, 3])
+    engine.run()
+    between = ["start", "wait"] if ahead else ["wait", "start"]
+    assert events == ["start", *between * (GREEDY.max_tokens - 1), "wait"]
+
+
+def test_a_stop_that_nobody_foresaw(bench: Bench, alone: list[list[int]], engine: InProcess) -> None:
+    """Rows that end at a token of their own, beside others, leave nothing behind and give nothing more."""
+    requests = [(*request, answer) for request, answer in zip(bench.requests(8), alone, strict=True)]
+    for _ in range(2):  # the second time from the prefix cache
+        ids, wanted = [], []
+        for n, (prompt, adapter, answer) in enumerate(requests):
+            stop = answer[7 * n % 20]
+            wanted.append(answer[: answer.index(stop) + 1])
+            sampling = replace(LONG, stop_token_ids=frozenset({stop}))
+            ids.append(engine.submit(prompt, adapter, sampling=sampling))
+        deltas = engine.run()
+        assert [tokens(deltas[i]) for i in ids] == wanted
+        assert all(deltas[i][-1].finish is FinishReason.STOP for i in ids)
+    assert all_at_once(engine, bench) == alone
+    assert engine.engine.blocks.used == 0
 
 
 def test_cancelling_frees_blocks_and_slot_at_once(engine: InProcess, bench: Bench) -> None:

@@ -29,10 +29,10 @@ TARGETS = [["q_proj", "v_proj"], ["k_proj", "down_proj"], ["o_proj", "up_proj", 
 Answers = dict[Path | None, list[int]]
 
 
-def config(base: Path, adapter_gb: float) -> EngineConfig:
+def config(base: Path, adapter_gb: float, *, ahead: bool = False) -> EngineConfig:
     return EngineConfig(
         model=base, device="cpu", dtype="bfloat16", kv_cache_gb=0.004, adapter_gb=adapter_gb, host_adapter_gb=0.0001,
-        prefix_cache=False, max_rows=6,
+        prefix_cache=False, max_rows=6, async_scheduling=ahead,
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def alone(base: Path, model: PagedModel, tmp_path_factory: pytest.TempPathFactor
     return answers
 
 
-@pytest.fixture(params=["in place", "by copies", "as on a device"])
+@pytest.fixture(params=["in place", "by copies", "as on a device", "as on a device, ahead"])
 def engine(
     request: pytest.FixtureRequest, base: Path, model: PagedModel, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[InProcess]:
@@ -76,12 +76,12 @@ def engine(
     if request.param == "by copies":
         grow = pools.Pool.grow
         monkeypatch.setattr(pools.Pool, "grow", lambda self, rows, _=0: grow(self, rows))
-    if request.param == "as on a device":
+    if request.param.startswith("as on a device"):
         init = pools.Pools.__init__
         monkeypatch.setattr(
             pools.Pools, "__init__", lambda self, *args, **kwargs: init(self, *args, **{**kwargs, "lazy": False})
         )
-    engine = InProcess(model, config(base, 0.00008))
+    engine = InProcess(model, config(base, 0.00008, ahead=request.param.endswith("ahead")))
     yield engine
     engine.close()
 

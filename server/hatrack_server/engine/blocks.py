@@ -55,9 +55,10 @@ class KVBlocks:
             self._take(block)
         sequence.computed = len(sequence.blocks) * self.block_size
 
-    def can_grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Whether `sequence` can have blocks for its first `tokens` tokens."""
-        return self.needed(tokens) - len(sequence.blocks) <= len(self._free)
+    def can_grow(self, *growing: tuple[Sequence, int]) -> bool:
+        """Whether each sequence can have blocks for as many of its first tokens as stand beside it."""
+        missing = (self.needed(tokens) - len(sequence.blocks) for sequence, tokens in growing)
+        return sum(max(0, blocks) for blocks in missing) <= len(self._free)
 
     def grow(self, sequence: Sequence, tokens: int) -> None:
         """Gives `sequence` blocks for its first `tokens` tokens. Requires `can_grow`."""

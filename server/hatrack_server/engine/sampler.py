@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,38 +49,62 @@ def uniform(seed: int, position: int) -> float:
     return ((state ^ (state >> 31)) >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, draws: Rows[Draw]) -> list[Drawn | None]:
-    """Draws one token per row of logits[R, vocab]; None for a row whose logits are not all finite.
+class Sample:
+    """What was drawn for each row of a batch, on its way to the host.
+
+    tokens: int64 [R] where the logits are; in place of one that can't be drawn, any id.
+    """
+
+    def __init__(self, tokens: Tensor, finite: Tensor, logprobs: Logprobs | None) -> None:
+        self.tokens = tokens
+        self._logprobs = logprobs
+        self._found = [_to_host(tensor) for tensor in (tokens, finite, *(logprobs.tensors if logprobs else ()))]
+        self._arrived = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> list[Drawn | None]:
+        """Each row's token; None for a row whose logits are not all finite. Waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens, finite, *top = (tensor.tolist() for tensor in self._found)
+        logprobs = self._logprobs.by_row(*top) if self._logprobs else {}
+        return [Drawn(token, logprobs.get(row)) if finite[row] else None for row, token in enumerate(tokens)]
+
+
+def sample(logits: Tensor, draws: Rows[Draw]) -> Sample:
+    """Draws one token per row of logits[R, vocab], without waiting for the device.
 
     Log-probabilities are of the logits as they came; then banned ids are masked, then temperature, top-k, top-p, min-p.
     """
     logits = logits.float()
-    finite = logits.isfinite().all(-1).tolist()
     allowed = _ban(logits, draws)
-    chosen = allowed.argmax(-1)
-    random = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0 and finite[row]]
+    tokens = allowed.argmax(-1)
+    random = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if random:
-        chosen[random] = _draw(allowed[random], [draws[row] for row in random])
-    tokens: list[int] = chosen.tolist()
-    logprobs = _top_logprobs(logits, tokens, draws)
-    return [Drawn(token, logprobs.get(row)) if finite[row] else None for row, token in enumerate(tokens)]
+        rows = to_device(random, logits.device)
+        tokens[rows] = _draw(allowed[rows], [draws[row] for row in random])
+    return Sample(tokens, logits.isfinite().all(-1), _top_logprobs(logits, tokens, draws))
+
+
+def to_device(values: list[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the values; `torch.tensor` by itself would wait for all that the device has been given to do."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def _ban(logits: Tensor, draws: Rows[Draw]) -> Tensor:
-    rows = [row for row, draw in enumerate(draws) for _ in draw.banned]
-    if not rows:
+    banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned]
+    if not banned:
         return logits
-    ids = [token for draw in draws for token in draw.banned]
-    logits = logits.clone()
-    logits[rows, ids] = float("-inf")
-    return logits
+    rows, ids = to_device(banned, logits.device).T
+    return logits.index_put((rows, ids), logits.new_full((), float("-inf")))
 
 
 def _draw(logits: Tensor, draws: Rows[Draw]) -> Tensor:
     """Inverse-CDF sampling over the filtered probabilities of logits[R, vocab]: int64 [R]."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
+        return to_device(values, logits.device)[:, None]
 
     params = [draw.sampling for draw in draws]
     # Shifted first: dividing by a tiny temperature then overflows only downwards, to probability 0.
@@ -95,25 +120,40 @@ def _draw(logits: Tensor, draws: Rows[Draw]) -> Tensor:
     outside |= probabilities < column([p.min_p for p in params]) * probabilities[:, :1]
     outside[:, 0] = False
     cumulative = probabilities.masked_fill(outside, 0).double().cumsum(-1)
-    point = torch.tensor(
-        [uniform(d.sampling.seed, d.position) for d in draws], device=logits.device, dtype=torch.double
-    )
+    point = to_device([uniform(d.sampling.seed, d.position) for d in draws], logits.device, torch.double)
     chosen = torch.searchsorted(cumulative, point[:, None] * cumulative[:, -1:], right=True)
     # Rounding may put the point on the very end: the last id that can be drawn is the nearest.
     drawable = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)
     return ids.gather(-1, chosen.minimum(drawable))[:, 0]
 
 
-def _top_logprobs(logits: Tensor, tokens: list[int], draws: Rows[Draw]) -> dict[int, TokenLogprobs]:
-    """By row, for the rows that asked for them."""
-    rows = [row for row, draw in enumerate(draws) if draw.sampling.logprobs is not None]
-    if not rows:
-        return {}
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities for the rows that asked for them."""
+
+    rows: list[int]
+    wanted: list[int]  # of each: how many of the likeliest
+    tensors: tuple[Tensor, Tensor, Tensor]  # of the rows: the drawn token's [n], the likeliest ones' [n, k], their ids
+
+    def by_row(self, chosen: list[float], values: list[list[float]], ids: list[list[int]]) -> dict[int, TokenLogprobs]:
+        """As they are told, given what `tensors` hold."""
+        return {
+            row: TokenLogprobs(own, tuple(zip(i[:count], v[:count], strict=True)))
+            for row, own, count, i, v in zip(self.rows, chosen, self.wanted, ids, values, strict=True)
+        }
+
+
+def _top_logprobs(logits: Tensor, tokens: Tensor, draws: Rows[Draw]) -> Logprobs | None:
+    asked = [(row, draw.sampling.logprobs) for row, draw in enumerate(draws)]
+    wanted = {row: count for row, count in asked if count is not None}
+    if not wanted:
+        return None
+    rows = to_device(list(wanted), logits.device)
     logprobs = logits[rows].log_softmax(-1)
-    chosen = logprobs.gather(-1, torch.tensor([[tokens[row]] for row in rows], device=logits.device))[:, 0].tolist()
-    wanted = [draws[row].sampling.logprobs or 0 for row in rows]
-    values, ids = logprobs.topk(min(max(wanted), logits.shape[-1]), dim=-1)
-    return {
-        row: TokenLogprobs(own, tuple(zip(i[:count], v[:count], strict=True)))
-        for row, own, count, i, v in zip(rows, chosen, wanted, ids.tolist(), values.tolist(), strict=True)
-    }
+    chosen = logprobs.gather(-1, tokens[rows][:, None])[:, 0]
+    values, ids = logprobs.topk(min(max(wanted.values()), logits.shape[-1]), dim=-1)
+    return Logprobs(list(wanted), list(wanted.values()), (chosen, values, ids))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", non_blocking=True)  # to pinned memory, which alone a device writes while we go on

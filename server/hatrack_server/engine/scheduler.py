@@ -71,6 +71,11 @@ class Scheduler:
         """Whether any sequence is running or waiting."""
         return bool(self.running or self._waiting)
 
+    @property
+    def must_preempt(self) -> bool:
+        """Whether running sequences need more blocks for the next step than are free."""
+        return not self.blocks.can_grow(*((s, s.computed + min(s.remaining, 1)) for s in self.running))
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence behind its tenant's others, and starts loading its adapter."""
         if sequence.generation.artifact:
@@ -130,7 +135,7 @@ class Scheduler:
         Only decodes grow, the older ones first: a victim never has work in this step already.
         """
         tokens = sequence.computed + count
-        while not self.blocks.can_grow(sequence, tokens):
+        while not self.blocks.can_grow((sequence, tokens)):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 from hatrack_server.types import Generation
 
+PENDING = -1  # in place of a token that a pass in flight draws
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` grow; the keys and values of the first `computed` of them lie in `blocks`.
+    """`tokens` grow, the last one maybe PENDING; the keys and values of the first `computed` of them lie in `blocks`.
 
     An adapter's virtual tokens come first, as zeros: the digest is in every block's key, so they can't be taken for
     others.
@@ -49,8 +51,9 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill."""
-        return len(self.tokens) - self.computed
+        """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill; 0 when none is wanted."""
+        complete = self.generated >= self.generation.sampling.max_tokens
+        return 0 if complete else len(self.tokens) - self.computed
 
     @property
     def generated(self) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +17,9 @@ from hatrack_server.adapters.pieces import Stage
 from hatrack_server.adapters.slots import ProgramSlots
 from hatrack_server.engine.blocks import KVBlocks
 from hatrack_server.engine.messages import DEADLINE_ERROR
-from hatrack_server.engine.sampler import Draw, Drawn, sample
+from hatrack_server.engine.sampler import Draw, Drawn, Sample, sample, to_device
 from hatrack_server.engine.scheduler import Scheduler, Work
-from hatrack_server.engine.sequence import Sequence
+from hatrack_server.engine.sequence import PENDING, Sequence
 from hatrack_server.model.batch import Batch, Chunk, build_batch
 from hatrack_server.model.paged import PagedModel
 from hatrack_server.types import Artifact, Delta, EngineStats, FinishReason, Generation
@@ -24,12 +27,36 @@ from hatrack_server.types import Artifact, Delta, EngineStats, FinishReason, Gen
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass that the device may still be computing."""
+
+    work: list[Work]
+    sequences: list[Sequence]  # those that it draws a token for
+    sample: Sample | None
+
+    def put_tokens(self, token_ids: Tensor, places: Mapping[Sequence, int]) -> None:
+        """Puts the tokens that are drawn for some sequences at their places in token_ids[T], where they are drawn."""
+        rows = [(row, places[sequence]) for row, sequence in enumerate(self.sequences) if sequence in places]
+        if rows and self.sample:
+            drawn, where = to_device(rows, token_ids.device).T
+            token_ids[where] = self.sample.tokens[drawn]
+
+
 class Engine:
     """Owns the scheduler, the resident programs and the model; none of them knows another."""
 
     def __init__(
-        self, model: PagedModel, slots: ProgramSlots, blocks: KVBlocks, *, max_rows: int, max_step_tokens: int
+        self,
+        model: PagedModel,
+        slots: ProgramSlots,
+        blocks: KVBlocks,
+        *,
+        max_rows: int,
+        max_step_tokens: int,
+        ahead: bool = False,
     ) -> None:
+        """`ahead`: see `step`."""
         self.model = model
         self.slots = slots
         self.blocks = blocks
@@ -41,6 +68,8 @@ class Engine:
         self._last_adapters = 0  # distinct adapters of the last step
         self._effects = BatchEffects(model.head)
         self._sequences: dict[int, Sequence] = {}
+        self._ahead = ahead
+        self._in_flight: list[Pass] = []
 
     @property
     def has_work(self) -> bool:
@@ -69,19 +98,22 @@ class Engine:
         return [self._fail(sequence, error) for sequence in waiting if sequence.generation.artifact == artifact]
 
     def step(self) -> list[Delta]:
-        """One forward pass over what the scheduler chose; the deltas it gave. Empty when nothing can run now."""
+        """Starts one forward pass over what the scheduler chose, if any can run; the deltas of those that are done.
+
+        With `ahead` that is the one before: while the device computes a pass, the next one is made ready behind it, so
+        that it never waits for us. A row that turns out to have ended was computed once in vain, and is passed over.
+        """
         now = time.monotonic()
-        expired = [self._fail(sequence, DEADLINE_ERROR) for sequence in self.scheduler.expired(now)]
+        deltas = [self._fail(sequence, DEADLINE_ERROR) for sequence in self.scheduler.expired(now)]
+        if self._in_flight and self.scheduler.must_preempt:  # a token that is computed anew must be known
+            deltas += self._collect()
         work = self._in_order(self.scheduler.schedule(now))
-        if not work:
-            return expired
-        drawn = self._run_isolated(work)
-        done = [w for w in work if w.sequence in drawn]
-        failed = [self._fail(w.sequence, "its computation failed") for w in work if w.sequence not in drawn]
-        sampling = [w.sequence for w in done if w.samples]
-        self.scheduler.advance(done)
-        self.steps += 1
-        return expired + failed + [self._collect(sequence, drawn[sequence]) for sequence in sampling]
+        passes = self._run_isolated(work) if work else []
+        deltas += self._collect()
+        deltas += self._advance(work, passes)
+        if not self._ahead:
+            deltas += self._collect()
+        return deltas
 
     def stats(self, *, stepped: bool) -> EngineStats:
         """A snapshot; `stepped` says whether it follows a forward pass."""
@@ -107,28 +139,28 @@ class Engine:
             adapters_per_step=(self._last_adapters,) if stepped else (),
         )
 
-    def _run_isolated(self, work: list[Work]) -> dict[Sequence, Drawn | None]:
+    def _run_isolated(self, work: list[Work]) -> list[Pass]:
         """What `_run` gives; when the batch fails, its rows are tried one by one, and those that fail again left out.
 
         Running a row again writes the same keys and values to the same places. Raises RuntimeError when every row fails
         and the base does, too: then a new process must take over.
         """
         try:
-            return self._run(work)
+            return [self._run(work)]
         except Exception:  # whatever one row brought about must not end the others
             logger.exception("a batch of %d rows failed; trying its rows one by one", len(work))
-        drawn: dict[Sequence, Drawn | None] = {}
+        passes: list[Pass] = []
         for w in work:
             try:
-                drawn |= self._run([w])
+                passes.append(self._run([w]))
             except Exception:
                 logger.exception("generation %d of artifact %s failed", w.sequence.id, w.sequence.digest)
-        if not drawn:
+        if not passes:
             self.model.check_device()
-        return drawn
+        return passes
 
-    def _run(self, work: list[Work]) -> dict[Sequence, Drawn | None]:
-        """Computes the work; each sequence's drawn token, None where it samples none or its logits are not finite."""
+    def _run(self, work: list[Work]) -> Pass:
+        """Has the work computed, without waiting for it."""
         for w in work:
             if w.ready:
                 self._put_prefix(w)
@@ -137,12 +169,35 @@ class Engine:
         ]
         self._last_adapters = len({w.sequence.digest for w in work if w.sequence.digest})
         logits = self.model.forward(self._batch(work), self._effects.build(rows))
-        drawn: dict[Sequence, Drawn | None] = dict.fromkeys(w.sequence for w in work)
         sampling = [row for row, w in enumerate(work) if w.samples]
-        if sampling:
-            sequences = [work[row].sequence for row in sampling]
-            drawn.update(zip(sequences, sample(logits[sampling], list(map(self._draw, sequences))), strict=True))
-        return drawn
+        if not sampling:
+            return Pass(work, [], None)
+        if len(sampling) < len(work):
+            logits = logits[to_device(sampling, logits.device)]
+        sequences = [work[row].sequence for row in sampling]
+        return Pass(work, sequences, sample(logits, list(map(self._draw, sequences))))
+
+    def _advance(self, work: list[Work], passes: list[Pass]) -> list[Delta]:
+        """Puts passes in flight, and fails the work that is in none. What has ended meanwhile gets no further."""
+        self._in_flight = passes
+        done = [w for p in passes for w in p.work if self._runs(w.sequence)]
+        self.scheduler.advance(done)
+        for p in passes:
+            for sequence in filter(self._runs, p.sequences):
+                sequence.tokens.append(PENDING)
+        self.steps += bool(passes)
+        started = {w.sequence for p in passes for w in p.work}
+        lost = [w.sequence for w in work if w.sequence not in started and self._runs(w.sequence)]
+        return [self._fail(sequence, "its computation failed") for sequence in lost]
+
+    def _collect(self) -> list[Delta]:
+        """Waits for the passes in flight, and takes what they have drawn."""
+        passes, self._in_flight = self._in_flight, []
+        drawn = [found for p in passes if p.sample for found in zip(p.sequences, p.sample.read(), strict=True)]
+        return [self._take(sequence, token) for sequence, token in drawn if self._runs(sequence)]
+
+    def _runs(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.id) is sequence
 
     def _put_prefix(self, work: Work) -> None:
         """Puts the keys and values that an adapter brings into the sequence's own blocks."""
@@ -176,7 +231,12 @@ class Engine:
             sequence, end = w.sequence, w.sequence.computed + w.count
             tokens = sequence.tokens[sequence.computed : end]
             chunks.append(Chunk(tokens, sequence.computed, self._kv_slots(sequence, end)))
-        return build_batch(chunks, self.model.device)
+        batch = build_batch(chunks, self.model.device)
+        ends = itertools.accumulate(w.count for w in work)
+        pending = {w.sequence: end - 1 for w, end in zip(work, ends, strict=True) if w.sequence.tokens[-1] == PENDING}
+        for p in self._in_flight:
+            p.put_tokens(batch.token_ids, pending)
+        return batch
 
     def _kv_slots(self, sequence: Sequence, end: int) -> Tensor:
         """Where the keys and values of the sequence's first `end` tokens lie: int64 [end]."""
@@ -186,10 +246,10 @@ class Engine:
     def _draw(self, sequence: Sequence) -> Draw:
         return Draw(sequence.generation.sampling, len(sequence.tokens), sequence.generated, self.model.eos_token_ids)
 
-    def _collect(self, sequence: Sequence, drawn: Drawn | None) -> Delta:
+    def _take(self, sequence: Sequence, drawn: Drawn | None) -> Delta:
         if drawn is None:
             return self._fail(sequence, "its logits are not finite")
-        sequence.tokens.append(drawn.token)
+        sequence.tokens[-1] = drawn.token
         self._count(sequence)
         finish = self._finish(sequence, drawn.token)
         if finish:

@@ -74,7 +74,8 @@ def build_engine(config: EngineConfig, model: PagedModel, base: BaseInfo, loads:
     blocks = KVBlocks(
         base.kv_tokens // config.block_size, config.block_size, fingerprint, prefix_cache=config.prefix_cache
     )
-    return Engine(model, slots, blocks, max_rows=config.max_rows, max_step_tokens=config.max_step_tokens)
+    ahead = model.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+    return Engine(model, slots, blocks, max_rows=config.max_rows, max_step_tokens=config.max_step_tokens, ahead=ahead)
 
 
 def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:

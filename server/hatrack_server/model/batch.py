@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,7 +83,11 @@ class Batch:
 
 
 def build_batch(chunks: Sequence[Chunk], device: torch.device) -> Batch:
-    """Lays the chunks out one after the other; copies to `device` once per tensor."""
+    """Lays the chunks out one after the other; copies to `device` once per tensor, and doesn't wait for it."""
+
+    def put(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
     lengths = [len(chunk.tokens) for chunk in chunks]
     ends = torch.tensor(lengths).cumsum(0)
     positions = torch.cat([torch.arange(c.start, c.start + len(c.tokens)) for c in chunks])
@@ -92,18 +96,18 @@ def build_batch(chunks: Sequence[Chunk], device: torch.device) -> Batch:
         Prefill(
             start=int(ends[i]) - length,
             stop=int(ends[i]),
-            slots=chunks[i].slots.to(device),
-            positions=positions[int(ends[i]) - length : int(ends[i])].to(device),
+            slots=put(chunks[i].slots),
+            positions=put(positions[int(ends[i]) - length : int(ends[i])]),
         )
         for i, length in enumerate(lengths)
         if length > 1
     ]
     return Batch(
-        token_ids=torch.tensor([token for chunk in chunks for token in chunk.tokens]).to(device),
-        positions=positions.to(device),
-        write_slots=torch.cat([chunk.slots[chunk.start :] for chunk in chunks]).to(device),
-        last_tokens=(ends - 1).to(device),
-        decodes=[_decode(group, device) for group in _similar(single)],
+        token_ids=put(torch.tensor([token for chunk in chunks for token in chunk.tokens])),
+        positions=put(positions),
+        write_slots=put(torch.cat([chunk.slots[chunk.start :] for chunk in chunks])),
+        last_tokens=put(ends - 1),
+        decodes=[_decode(group, put) for group in _similar(single)],
         prefills=prefills,
     )
 
@@ -120,11 +124,11 @@ def _similar(single: Iterable[tuple[Chunk, int]]) -> Iterator[list[tuple[Chunk, 
         yield group
 
 
-def _decode(group: Sequence[tuple[Chunk, int]], device: torch.device) -> Decode:
+def _decode(group: Sequence[tuple[Chunk, int]], put: Callable[[Tensor], Tensor]) -> Decode:
     group = sorted(group, key=lambda found: found[1])
     slots = torch.nn.utils.rnn.pad_sequence([chunk.slots for chunk, _ in group], batch_first=True)
     positions = torch.tensor([chunk.start for chunk, _ in group])
     places = [token for _, token in group]
     adjacent = places[-1] - places[0] == len(places) - 1
-    tokens = slice(places[0], places[-1] + 1) if adjacent else torch.tensor(places).to(device)
-    return Decode(tokens, slots.to(device), positions.to(device))
+    tokens = slice(places[0], places[-1] + 1) if adjacent else put(torch.tensor(places))
+    return Decode(tokens, put(slots), put(positions))

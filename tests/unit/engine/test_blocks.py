@@ -133,7 +133,19 @@ def test_shared_blocks_outlive_one_holder(blocks: KVBlocks, new_sequence: NewSeq
     run(blocks, crowd)
     assert not set(crowd.blocks) & set(two.blocks)
     assert two.blocks[:2] == shared
-    assert not blocks.can_grow(two, 13)
+    assert not blocks.can_grow((two, 13))
+
+
+def test_what_several_can_grow_by_together(blocks: KVBlocks, new_sequence: NewSequence) -> None:
+    one, two = new_sequence(SIZE), new_sequence(SIZE)
+    run(blocks, one)
+    run(blocks, two)
+    free = blocks.total - blocks.used
+    assert blocks.can_grow((one, SIZE), (two, (1 + free) * SIZE))
+    assert not blocks.can_grow((one, SIZE + 1), (two, (1 + free) * SIZE))
+    assert blocks.can_grow((one, 1), (two, (1 + free) * SIZE))  # what one has too much of doesn't help the other
+    assert not blocks.can_grow((one, 1), (two, (1 + free) * SIZE + 1))
+    assert blocks.can_grow()
 
 
 def test_released_blocks_are_found_again(blocks: KVBlocks, new_sequence: NewSequence) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hatrack_server.engine.sampler import Draw, sample, uniform
+from hatrack_server.engine.sampler import Draw, Drawn, sample, uniform
 from hatrack_server.types import Sampling
 
 VOCAB = 12
@@ -24,9 +24,13 @@ def logits(rows: int, *, seed: int = 0, vocab: int = VOCAB) -> Tensor:
     return 2 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
+def sampled(rows: Tensor, draws: list[Draw]) -> list[Drawn | None]:
+    return sample(rows, draws).read()
+
+
 def drawn(row: Tensor, draws: list[Draw]) -> list[int]:
     """The token of each draw, all from the same logits."""
-    return [d.token for d in sample(row.expand(len(draws), -1), draws) if d is not None]
+    return [d.token for d in sampled(row.expand(len(draws), -1), draws) if d is not None]
 
 
 def frequencies(**sampling: Any) -> Tensor:
@@ -77,14 +81,14 @@ def test_tokens_come_as_often_as_the_filtered_probabilities_say(sampling: dict[s
 
 def test_temperature_zero_is_argmax() -> None:
     rows = logits(20)
-    tokens = [d.token for d in sample(rows, [draw(temperature=0.0, seed=row) for row in range(20)]) if d]
+    tokens = [d.token for d in sampled(rows, [draw(temperature=0.0, seed=row) for row in range(20)]) if d]
     assert tokens == rows.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("sampling", [{"top_k": 1}, {"temperature": 1e-6}, {"temperature": 1e-300}], ids=str)
 def test_narrowest_sampling_is_greedy(sampling: dict[str, Any]) -> None:
     rows = 1e4 * logits(20)
-    tokens = [d.token for d in sample(rows, [draw(row, seed=row, **sampling) for row in range(20)]) if d]
+    tokens = [d.token for d in sampled(rows, [draw(row, seed=row, **sampling) for row in range(20)]) if d]
     assert tokens == rows.argmax(-1).tolist()
 
 
@@ -100,9 +104,9 @@ def test_a_row_draws_alike_alone_and_in_any_batch() -> None:
         draw(row, seed=row % 3, temperature=(0.0, 0.7, 1.3)[row % 3], top_p=0.9, top_k=row % 5, logprobs=row % 4)
         for row in range(16)
     ]
-    alone = [sample(rows[row : row + 1], [draws[row]])[0] for row in range(16)]
+    alone = [sampled(rows[row : row + 1], [draws[row]])[0] for row in range(16)]
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist()
-    mixed = sample(rows[order], [draws[row] for row in order])
+    mixed = sampled(rows[order], [draws[row] for row in order])
     for row, other in zip(order, mixed, strict=True):
         own = alone[row]
         assert own is not None
@@ -151,7 +155,7 @@ def test_nothing_that_ends_a_completion_is_drawn_before_min_tokens(temperature: 
 def test_a_ban_is_one_rows_alone() -> None:
     row = torch.zeros(2, VOCAB)
     row[:, EOS] = 50.0
-    first, second = sample(row, [draw(min_tokens=1), draw()])
+    first, second = sampled(row, [draw(min_tokens=1), draw()])
     assert first is not None
     assert second is not None
     assert (first.token == EOS, second.token == EOS) == (False, True)
@@ -162,14 +166,14 @@ def test_a_ban_is_one_rows_alone() -> None:
 def test_a_row_that_is_not_finite_ends_alone(poison: float) -> None:
     rows = logits(5)
     draws = [draw(row, seed=row, temperature=float(row % 2), logprobs=2) for row in range(5)]
-    clean = sample(rows, draws)
+    clean = sampled(rows, draws)
     rows[2, 4] = poison
     rows[3, 0] = poison
-    assert sample(rows, draws) == [clean[0], clean[1], None, None, clean[4]]
+    assert sampled(rows, draws) == [clean[0], clean[1], None, None, clean[4]]
 
 
 def test_all_rows_may_be_lost() -> None:
-    assert sample(torch.full((2, VOCAB), math.nan), [draw(), draw(temperature=0.0)]) == [None, None]
+    assert sampled(torch.full((2, VOCAB), math.nan), [draw(), draw(temperature=0.0)]) == [None, None]
 
 
 def test_logprobs_are_the_models_own() -> None:
@@ -181,7 +185,7 @@ def test_logprobs_are_the_models_own() -> None:
         draw(),
     ]
     wanted = rows.double().log_softmax(-1)
-    found = sample(rows, draws)
+    found = sampled(rows, draws)
     for row, count in enumerate((3, VOCAB, 0)):
         d = found[row]
         assert d is not None
@@ -196,7 +200,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 
 def test_more_alternatives_than_tokens_gives_all_tokens() -> None:
-    [found] = sample(logits(1), [draw(logprobs=1000)])
+    [found] = sampled(logits(1), [draw(logprobs=1000)])
     assert found is not None
     assert found.logprobs is not None
     assert len(found.logprobs.top) == VOCAB
@@ -204,4 +208,4 @@ def test_more_alternatives_than_tokens_gives_all_tokens() -> None:
 
 def test_half_precision_and_great_logits_are_fine() -> None:
     rows = torch.tensor([[3e38, -3e38, 0.0], [-3e38, 1.0, 3e38]]).bfloat16()
-    assert [d.token for d in sample(rows, [draw(temperature=1e-3), draw(temperature=2.0)]) if d] == [0, 2]
+    assert [d.token for d in sampled(rows, [draw(temperature=1e-3), draw(temperature=2.0)]) if d] == [0, 2]

@@ -12,11 +12,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hatrack_server.engine.blocks import KVBlocks
 from hatrack_server.engine.scheduler import Scheduler
-from hatrack_server.engine.sequence import Sequence
+from hatrack_server.engine.sequence import PENDING, Sequence
 from hatrack_server.types import Artifact, Generation, Sampling
 
 DIGESTS = ("x", "y", "z")
 Cell = tuple[bytes, str | None, tuple[int, ...]]  # what the key of a token depends on
+
+
+def drawn_at(position: int) -> int:
+    return position % 2
 
 
 class LateSlots:
@@ -57,14 +61,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows=st.integers(1, 5),
         extra=st.integers(0, 6),
         cache=st.booleans(),
+        ahead=st.booleans(),
     )
-    def start(self, blocks: int, size: int, rows: int, extra: int, cache: bool) -> None:
+    def start(self, blocks: int, size: int, rows: int, extra: int, cache: bool, ahead: bool) -> None:
         self.slots = LateSlots()
         self.kv = KVBlocks(blocks, size, "base", prefix_cache=cache)
         self.limits = (rows, rows + extra)
         self.scheduler = Scheduler(self.kv, self.slots, max_rows=rows, max_step_tokens=rows + extra)
         self.cells: dict[tuple[int, int], Cell] = {}
         self.sequences: list[Sequence] = []
+        self.ahead = ahead
+        self.in_flight: list[Sequence] = []
         self.ids = itertools.count(1)
 
     @rule(
@@ -84,7 +91,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
+        if self.in_flight and self.scheduler.must_preempt:
+            self.collect()
+        before = self.scheduler.preemptions
         work = self.scheduler.schedule(0.0)
+        assert not self.in_flight or self.scheduler.preemptions == before
         assert len(work) <= self.limits[0]
         assert sum(w.count for w in work) <= self.limits[1]
         assert len({w.sequence for w in work}) == len(work)
@@ -94,11 +105,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             for position in range(w.sequence.computed, w.sequence.computed + w.count):
                 self.cells[self.place(w.sequence, position)] = self.content(w.sequence, position)
         sampling = [w.sequence for w in work if w.samples]
-        self.scheduler.advance(work)
-        for sequence in sampling:
-            sequence.tokens.append(len(sequence.tokens) % 2)
-            if sequence.generated == sequence.generation.sampling.max_tokens:
-                self.end(sequence)
+        self.collect()
+        self.scheduler.advance(w for w in work if w.sequence in self.sequences)
+        self.in_flight = [sequence for sequence in sampling if sequence in self.sequences]
+        for sequence in self.in_flight:
+            sequence.tokens.append(PENDING)
+        if not self.ahead:
+            self.collect()
+
+    def collect(self) -> None:
+        """Some end where nobody could know it, at a token that they stop at."""
+        for sequence in self.in_flight:
+            if sequence in self.sequences:
+                sequence.tokens[-1] = drawn_at(len(sequence.tokens) - 1)
+                if sequence.generated == sequence.generation.sampling.max_tokens or len(sequence.tokens) % 7 == 0:
+                    self.end(sequence)
+        self.in_flight = []
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -120,6 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert +self.slots.pins == Counter(s.digest for s in running if s.digest)
         assert len(running) + self.scheduler.waiting == len(self.sequences)
         assert len(running) <= self.limits[0]
+        assert not any(PENDING in sequence.tokens for sequence in self.sequences if sequence not in self.in_flight)
+        assert set(self.in_flight) & set(self.sequences) <= set(running)
 
     @invariant()
     def every_computed_token_is_the_sequences_own(self) -> None:
@@ -150,7 +174,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         return sequence.blocks[position // self.kv.block_size], position % self.kv.block_size
 
     def content(self, sequence: Sequence, position: int) -> Cell:
-        return sequence.generation.salt, sequence.digest, tuple(sequence.tokens[: position + 1])
+        tokens = tuple(drawn_at(n) if t == PENDING else t for n, t in enumerate(sequence.tokens[: position + 1]))
+        return sequence.generation.salt, sequence.digest, tokens
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
