@@ -42,6 +42,8 @@ class EngineConfig(BaseModel):
     """Sequences that may wait for admission; one more is refused."""
     async_scheduling: bool | None = None
     """Make the next step ready while the device computes one. None: on a GPU."""
+    cuda_graphs: bool = True
+    """On a GPU, record the launches of decodes once per number of rows and keys, and then replay them."""
     max_rank: int = Field(default=256, ge=1)
     prefix_cache: bool = True
 

@@ -17,6 +17,14 @@ from hatrack_server.types import Sampling
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
+def check_graphs(run: InProcess) -> None:
+    """Some were recorded, and all gave what the passes gave that they stand for."""
+    graphs = run.engine._graphs
+    assert graphs is not None
+    assert graphs._graphs
+    assert not graphs._refused
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_a_mixed_batch_gives_the_cpus_tokens(family: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "base", family)
@@ -33,6 +41,8 @@ def test_a_mixed_batch_gives_the_cpus_tokens(family: str, tmp_path: Path) -> Non
         ids = [run.submit([(31 * n + 7 * i) % 256 for i in range(30 + n)], adapters[n % 4]) for n in range(8)]
         deltas = run.run()
         answers.append([tokens(deltas[i]) for i in ids])
+        if device == "cuda":
+            check_graphs(run)
         run.close()
     assert answers[0] == answers[1]
 
@@ -43,6 +53,7 @@ def test_nf4_is_served_on_cuda(tmp_path: Path) -> None:
     run = InProcess(PagedModel(config), config)  # the probe compares it with transformers' own attention
     generation = run.submit(list(range(40)))
     assert len(tokens(run.run()[generation])) == 8
+    check_graphs(run)
     run.close()
 
 

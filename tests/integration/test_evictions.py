@@ -14,6 +14,7 @@ import pytest
 import torch
 from inprocess import InProcess, tokens
 from oracle import Oracle, make_adapter
+from recording import Recorder, as_on_a_device, by_graphs
 from tiny import make_checkpoint
 
 from hatrack_server.adapters import pools
@@ -68,7 +69,9 @@ def alone(base: Path, model: PagedModel, tmp_path_factory: pytest.TempPathFactor
     return answers
 
 
-@pytest.fixture(params=["in place", "by copies", "as on a device", "as on a device, ahead"])
+@pytest.fixture(
+    params=["in place", "by copies", "as on a device", "as on a device, ahead", "as on a device, by graphs"]
+)
 def engine(
     request: pytest.FixtureRequest, base: Path, model: PagedModel, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[InProcess]:
@@ -76,12 +79,11 @@ def engine(
     if request.param == "by copies":
         grow = pools.Pool.grow
         monkeypatch.setattr(pools.Pool, "grow", lambda self, rows, _=0: grow(self, rows))
-    if request.param.startswith("as on a device"):
-        init = pools.Pools.__init__
-        monkeypatch.setattr(
-            pools.Pools, "__init__", lambda self, *args, **kwargs: init(self, *args, **{**kwargs, "lazy": False})
-        )
-    engine = InProcess(model, config(base, 0.00008, ahead=request.param.endswith("ahead")))
+    if "device" in request.param:
+        as_on_a_device(monkeypatch)
+    engine = InProcess(model, config(base, 0.00008, ahead="ahead" in request.param))
+    if "graphs" in request.param:
+        by_graphs(engine, Recorder())
     yield engine
     engine.close()
 

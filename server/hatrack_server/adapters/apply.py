@@ -18,9 +18,10 @@ from hatrack_server.kernels.runs import Run, Runs, merge_runs
 
 
 class ModuleEffect:
-    """All pieces that act at one module in one batch."""
+    """All pieces that act at one module in one batch, and the `runs` of tokens that they act on."""
 
-    def __init__(self, runs: Mapping[Pool, list[Run]]) -> None:
+    def __init__(self, runs: Mapping[Pool, Runs]) -> None:
+        self.runs = runs
         self.stacks: list[tuple[Pool, Any]] = []  # that its actions hold on to
         self._on_input: list[Action] = []
         self._on_output: list[Action] = []
@@ -32,7 +33,7 @@ class ModuleEffect:
         self._added = first if isinstance(first, BatchLowRank) else None
         self._after = self._on_output[1:] if self._added else self._on_output
 
-    def _action(self, pool: Pool, runs: list[Run]) -> Action:
+    def _action(self, pool: Pool, runs: Runs) -> Action:
         if pool.copies:  # at every growth, and a device's memory has no room for both
             return lambda values, x: pool.kind.bind(pool.stacks, runs)(values, x)
         stacks = pool.stacks

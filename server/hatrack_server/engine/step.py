@@ -16,6 +16,7 @@ from hatrack_server.adapters.apply import BatchEffects
 from hatrack_server.adapters.pieces import Stage
 from hatrack_server.adapters.slots import ProgramSlots
 from hatrack_server.engine.blocks import KVBlocks
+from hatrack_server.engine.graphs import DecodeGraphs
 from hatrack_server.engine.messages import DEADLINE_ERROR
 from hatrack_server.engine.sampler import Draw, Drawn, Sample, sample, to_device
 from hatrack_server.engine.scheduler import Scheduler, Work
@@ -55,8 +56,9 @@ class Engine:
         max_rows: int,
         max_step_tokens: int,
         ahead: bool = False,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """`ahead`: see `step`."""
+        """`ahead`: see `step`. `graphs`: of the model's passes, for those that they serve."""
         self.model = model
         self.slots = slots
         self.blocks = blocks
@@ -69,6 +71,7 @@ class Engine:
         self._effects = BatchEffects(model.head)
         self._sequences: dict[int, Sequence] = {}
         self._ahead = ahead
+        self._graphs = graphs
         self._in_flight: list[Pass] = []
 
     @property
@@ -168,7 +171,7 @@ class Engine:
             (self.slots[w.sequence.digest] if w.sequence.digest else None, w.count, w.sequence.computed) for w in work
         ]
         self._last_adapters = len({w.sequence.digest for w in work if w.sequence.digest})
-        logits = self.model.forward(self._batch(work), self._effects.build(rows))
+        logits = (self._graphs or self.model).forward(self._batch(work), self._effects.build(rows))
         sampling = [row for row, w in enumerate(work) if w.samples]
         if not sampling:
             return Pass(work, [], None)

@@ -20,6 +20,7 @@ from hatrack_server.adapters.program import compile_artifact
 from hatrack_server.adapters.slots import Load, ProgramSlots
 from hatrack_server.config import EngineConfig
 from hatrack_server.engine.blocks import KVBlocks
+from hatrack_server.engine.graphs import DecodeGraphs
 from hatrack_server.engine.messages import (
     Cancel,
     Forget,
@@ -74,8 +75,16 @@ def build_engine(config: EngineConfig, model: PagedModel, base: BaseInfo, loads:
     blocks = KVBlocks(
         base.kv_tokens // config.block_size, config.block_size, fingerprint, prefix_cache=config.prefix_cache
     )
-    ahead = model.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
-    return Engine(model, slots, blocks, max_rows=config.max_rows, max_step_tokens=config.max_step_tokens, ahead=ahead)
+    on_gpu = model.device.type == "cuda"
+    return Engine(
+        model,
+        slots,
+        blocks,
+        max_rows=config.max_rows,
+        max_step_tokens=config.max_step_tokens,
+        ahead=on_gpu if config.async_scheduling is None else config.async_scheduling,
+        graphs=DecodeGraphs(model) if on_gpu and config.cuda_graphs else None,
+    )
 
 
 def describe_base(config: EngineConfig, model: PagedModel) -> BaseInfo:

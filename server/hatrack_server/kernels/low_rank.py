@@ -27,8 +27,10 @@ class BatchLowRank:
         self._runs = runs
         halves = a.dtype is b.dtype is torch.bfloat16 and not a.is_cuda
         library = native() if halves else None
-        few = [run for run in runs if library is not None and _has_few(run, a.shape[1])]
-        self._many = [run for run in runs if run not in few]
+        few: list[Run] = []
+        self._many: list[Run] = []
+        for run in runs:
+            (few if library is not None and _has_few(run, a.shape[1]) else self._many).append(run)
         self._sums = library.low_rank_sums(a, b, few) if library is not None and few else None
         self.in_c = None if self._many else self._sums
 

@@ -89,7 +89,7 @@ class Tiles:
 
 
 class Runs(list[Run]):
-    """Runs with what is made of them once, for all the layers and steps that they serve; not to be changed."""
+    """Runs with what is made of them once, for all the layers and steps that they serve."""
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
         super().__init__(runs)
@@ -107,6 +107,15 @@ class Runs(list[Run]):
         return self._tiles[device]
 
 
+class FixedRuns(Runs):
+    """Runs that change while their tiles stay where they are, as a recorded CUDA graph needs them."""
+
+    def __init__(self, table: Tensor) -> None:
+        """`table` has the tiles of single tokens, and whoever changes the runs fills it (see `token_tiles`)."""
+        super().__init__()
+        self._tiles[table.device] = Tiles(1, table)
+
+
 def merge_runs(runs: Iterable[Run]) -> Runs:
     """Joins neighbours of one length, so that one batched product serves them."""
     merged = Runs()
@@ -117,6 +126,20 @@ def merge_runs(runs: Iterable[Run]) -> Runs:
         else:
             merged.append(run)
     return merged
+
+
+def stretch_runs(runs: Runs, stop: int, tokens: int) -> Runs:
+    """The same runs of a batch of `stop` tokens, the last one's row taking those behind it, too, up to `tokens`."""
+    last = runs[-1] if runs else None
+    if last is None or last.stop < stop or stop == tokens:
+        return runs
+    return Runs([*runs, Run(stop, 1, last.rows[-1:] * (tokens - stop), last.position)])
+
+
+def token_tiles(runs: Iterable[Run], tokens: int) -> Tensor:
+    """A table of tiles of one token each, filled up with empty ones: int32 [tokens, 3], on the CPU."""
+    cut = [(token, 1, row) for token, row in each_token(runs)]
+    return torch.tensor(cut + [(0, 0, 0)] * (tokens - len(cut)), dtype=torch.int32).view(tokens, 3)
 
 
 def each_token(runs: Iterable[Run]) -> Iterator[tuple[int, int]]:

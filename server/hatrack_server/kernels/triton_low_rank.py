@@ -7,8 +7,8 @@ A row's A is read by several programs, each taking a part of `in`: without them 
 the GPU idle. Their sums are written apart and added up by expand, rather than by atomics: nothing must be cleared
 before, and equal batches give equal bits.
 
-A captured CUDA graph would need tiles of one token each, in a table that stays where it is: as long as the graph's
-bucket of tokens, filled up with tiles of no tokens, which end at once.
+A recorded CUDA graph has tiles of one token each, in a table that stays where it is (`FixedRuns`): as long as the
+graph's rows are many, filled up with tiles of no tokens, which end at once.
 
 Import this on a CUDA path only: Triton comes with PyTorch for CUDA, not with others.
 """

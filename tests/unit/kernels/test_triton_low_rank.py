@@ -54,9 +54,8 @@ def test_a_long_batch(interpret: Call) -> None:
     interpret(checks.check_long_batch, "short prompts")
 
 
-@pytest.mark.parametrize("batch", EACH_HEIGHT)
-def test_empty_tiles_change_nothing(interpret: Call, batch: str) -> None:
-    interpret(checks.check_empty_tiles, batch)
+def test_one_table_for_each_batch_in_turn(interpret: Call) -> None:
+    interpret(checks.check_fixed_runs, ["zipf", "base alone", "distinct", "among the base", "all same", "no tokens"])
 
 
 def test_pools_of_another_dtype_than_the_layers(interpret: Call) -> None:
