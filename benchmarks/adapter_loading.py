@@ -10,7 +10,8 @@ the file), `host` (kept compiled when it was evicted). Per tier:
 - `first_token_ms`: what the request waited for, beside `resident_first_token_ms`: the same once it is resident;
 - `neighbour`: times between the tokens of another completion, alone (`quiet`), while a request for a resident adapter
   comes with every fourth of its tokens (`resident`), and while each such request has its adapter loaded (`loads`). The
-  `ratio` is of `loads` over `quiet`.
+  `ratio` is of `loads` over `quiet`; `over_resident`, of `loads` over `resident`, tells the loads' own part: prompts of
+  requests take their time either way, and now and then a step has two.
 
 The table goes to standard error; the last line of standard output is one JSON document.
 """
@@ -159,8 +160,15 @@ async def beside(loading: Loading, tokens: int) -> Document:
         for name, request in requests.items():
             seconds[name] += await neighbour(loading, tokens, request)
     found = {name: percentiles(each) for name, each in seconds.items()}
-    ratio = {key: round(found["loads"][key] / found["quiet"][key], 2) for key in ("p95", "max")}
-    return found | {"ratio": ratio}
+    return found | {
+        "ratio": ratio(found["loads"], found["quiet"]),
+        "over_resident": ratio(found["loads"], found["resident"]),
+    }
+
+
+def ratio(times: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    """Of what counts for a neighbour."""
+    return {key: round(times[key] / others[key], 2) for key in ("p95", "max")}
 
 
 async def neighbour(loading: Loading, tokens: int, request: Request | None) -> list[float]:

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from setting import print_document, setting
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hatrack_server.kernels.bottleneck import add_bottleneck, add_bottleneck_reference
 from hatrack_server.kernels.kronecker import add_kronecker, add_kronecker_reference
@@ -32,6 +33,7 @@ from hatrack_server.kernels.low_rank import BatchLowRank, add_low_rank_reference
 from hatrack_server.kernels.nf4_linear import keep_canonical, nf4_linear, nf4_linear_reference, pack
 from hatrack_server.kernels.paged_attention import paged_decode
 from hatrack_server.kernels.prefix_attention import add_prefix_attention, add_prefix_attention_reference
+from hatrack_server.kernels.rms_norm import fastest_norm
 from hatrack_server.kernels.runs import Run
 
 DTYPE = torch.bfloat16
@@ -124,6 +126,9 @@ def cases() -> Iterator[Case]:
     for rows in (1, 8, 32, 512):
         yield nf4_case(rows)
     for rows in (1, 8, 32):
+        yield adapted_case(rows)
+        yield norm_case(rows)
+    for rows in (1, 8, 32):
         yield attention_case(rows)
     for rows, tokens in ((1, 1), (8, 1), (32, 1), (16, 32)):
         yield low_rank_case(rows, tokens)
@@ -146,6 +151,33 @@ def nf4_case(rows: int) -> Case:
         2.0 * rows * FEED_FORWARD * WIDTH,
         lambda: nf4_linear_reference(x, canonical),
     )
+
+
+def adapted_case(rows: int) -> Case:
+    """The same layer for rows of as many adapters, whose low ranks go with its product."""
+    size, added = FEED_FORWARD * WIDTH / 2, rows * RANK * (WIDTH + FEED_FORWARD) * DTYPE.itemsize
+    x, run, canonical = tokens_of(rows), [Run(0, 1, tuple(range(rows)))], nf4_layer()
+    layers = [
+        (pack(nf4_layer()), torch.randn(rows, RANK, WIDTH).to(DTYPE), torch.randn(rows, RANK, FEED_FORWARD).to(DTYPE))
+        for _ in range(math.ceil(COLD_BYTES / (size + added)))
+    ]
+
+    def reference() -> None:
+        add_low_rank_reference(nf4_linear_reference(x, canonical), x, *layers[0][1:], run)
+
+    return Case(
+        f"nf4_linear {WIDTH}→{FEED_FORWARD} with r={RANK}, {rows} adapters",
+        [partial(nf4_linear, x, layer, BatchLowRank(a, b, run)) for layer, a, b in layers],
+        size + size / 32 + added,
+        rows * (2.0 * FEED_FORWARD * WIDTH + 2.0 * RANK * (FEED_FORWARD + WIDTH)),
+        reference,
+    )
+
+
+def norm_case(rows: int) -> Case:
+    """Tokens that the layer before has just made, so in the caches."""
+    norm, x = LlamaRMSNorm(WIDTH).to(DTYPE), tokens_of(rows)
+    return Case(f"rms_norm, {rows} tokens", [partial(fastest_norm(norm), x)], 0.0, 4.0 * rows * WIDTH, partial(norm, x))
 
 
 def nf4_layer() -> Linear4bit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, closing, contextmanager
@@ -67,6 +68,10 @@ async def serve(config: ServerConfig, *, announce: Callable[[Addresses], None]) 
         if base is None:
             return
         log.info("base loaded", architecture=base.architecture, device=base.device, memory=base.memory)
+        # Else Python's collector would look through all that was imported, every now and then, and hold every stream up
+        # for a tenth of a second.
+        gc.collect()
+        gc.freeze()
         await api.refresh_health()
         announce(Addresses(config.host, port, config.metrics_host, endpoint.port))
         await stopped.wait()

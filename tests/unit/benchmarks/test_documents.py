@@ -43,7 +43,12 @@ def many_adapters() -> dict[str, Any]:
 
 
 def adapter_loading() -> dict[str, Any]:
-    neighbour = {"quiet": TIMES, "resident": TIMES, "loads": TIMES, "ratio": {"p95": 1.0, "max": 1.0}}
+    neighbour = {
+        "quiet": TIMES,
+        "resident": TIMES,
+        "loads": TIMES,
+        **{key: {"p95": 1.0, "max": 1.0} for key in ("ratio", "over_resident")},
+    }
     times = dict.fromkeys(("load_ms", "first_token_ms", "resident_first_token_ms"), TIMES)
     tier = {"tier": "page cache", "loads": 2, "neighbour": neighbour, **times}
     return as_document("adapter_loading", ARGUMENTS, {"adapter_bytes": 10, "tiers": [tier]})
