@@ -41,9 +41,10 @@ class EngineConfig(BaseModel):
     max_waiting: int = Field(default=1024, ge=1)
     """Sequences that may wait for admission; one more is refused."""
     async_scheduling: bool | None = None
-    """Make the next step ready while the device computes one. None: on a GPU."""
+    """Start the next step before the last one's tokens are waited for. None: on a GPU; a CPU gains nothing by it."""
     cuda_graphs: bool = True
-    """On a GPU, record the launches of decodes once per number of rows and keys, and then replay them."""
+    """On a GPU, record the launches of decodes, and replay them. What the largest ones compute on the way takes memory
+    beside what is set here: for an 8B model about half a gigabyte."""
     max_rank: int = Field(default=256, ge=1)
     prefix_cache: bool = True
 

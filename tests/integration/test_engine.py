@@ -18,6 +18,7 @@ from tiny import FAMILIES, make_checkpoint
 
 from hatrack_server.adapters.pieces import Pieces
 from hatrack_server.config import EngineConfig
+from hatrack_server.engine import step
 from hatrack_server.engine.sampler import Drawn, Sample
 from hatrack_server.engine.sequence import PENDING, Sequence
 from hatrack_server.model.paged import PagedModel
@@ -248,6 +249,30 @@ def test_a_row_that_cannot_be_computed_ends_alone(engine: InProcess, bench: Benc
     assert [tokens(deltas[i]) for i in ids] == alone
     alone_again = engine.submit([100_000])
     assert engine.run()[alone_again][-1].error == "its computation failed"
+
+
+def test_a_row_may_end_while_its_next_pass_fails(engine: InProcess, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mode == "in step":
+        pytest.skip("no pass is started before")
+    first = engine.submit([1, 2, 3])
+    [token, *_] = tokens(engine.run()[first])
+    generation = engine.submit([1, 2, 3], sampling=replace(GREEDY, stop_token_ids=frozenset({token})), salt=b"other")
+    deltas = engine.step()
+    with monkeypatch.context() as failing:
+        failing.setattr(engine.engine, "_batch", lambda _: 1 / 0)
+        deltas += engine.step()
+    assert [(d.id, d.tokens, d.finish) for d in deltas] == [(generation, (token,), FinishReason.STOP)]
+    assert not engine.engine.has_work
+
+
+def test_an_answer_that_is_complete_is_not_too_late(engine: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(step.time, "monotonic", lambda: now)
+    generation = engine.submit([1, 2, 3], sampling=replace(GREEDY, max_tokens=1), deadline=101.0)
+    deltas = engine.step()
+    now = 102.0
+    deltas += engine.step()
+    assert [(d.id, d.finish) for d in deltas] == [(generation, FinishReason.LENGTH)]
 
 
 def test_a_lost_device_ends_the_engine_even_with_one_row(

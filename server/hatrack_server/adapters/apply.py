@@ -62,6 +62,15 @@ class ModuleEffect:
         return values.view(x.shape)
 
 
+class ModuleEffects(dict[str, ModuleEffect]):
+    """What the adapters of one batch do, by module."""
+
+    @functools.cached_property
+    def pools(self) -> frozenset[Pool]:
+        """Those that any of them lies in."""
+        return frozenset(pool for effect in self.values() for pool in effect.runs)
+
+
 class Row(NamedTuple):
     """One sequence's part of a batch."""
 
@@ -77,9 +86,9 @@ class BatchEffects:
         """`head` is the layer that sees only each row's last token."""
         self._head = head
         self._rows: list[Row] = []
-        self._effects: dict[str, ModuleEffect] = {}
+        self._effects = ModuleEffects()
 
-    def build(self, parts: Iterable[tuple[Slot | None, int, int]]) -> dict[str, ModuleEffect]:
+    def build(self, parts: Iterable[tuple[Slot | None, int, int]]) -> ModuleEffects:
         """`parts` gives each sequence's slot, number of tokens and position of the first, in the batch's order."""
         rows = [Row(slot, tokens, min(position, slot.soft_tokens if slot else 0)) for slot, tokens, position in parts]
         held = (stacks for effect in self._effects.values() for stacks in effect.stacks)
@@ -88,7 +97,7 @@ class BatchEffects:
             modules = _runs(_segments(rows))
             if self._head in modules:
                 modules[self._head] = _runs(_segments(row._replace(tokens=1) for row in rows))[self._head]
-            effects = {module: ModuleEffect(pools) for module, pools in modules.items()}
+            effects = ModuleEffects((module, ModuleEffect(pools)) for module, pools in modules.items())
             # Not before all are there: a row that fails is tried again, and must not find another batch's.
             self._rows, self._effects = rows, effects
         return self._effects

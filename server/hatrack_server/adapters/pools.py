@@ -42,6 +42,7 @@ class Pool:
         self.number = number  # in the order in which pools were made
         self.module = module
         self.kind = type(like)
+        self.shapes = like.shapes  # of a row's tensors
         self.capacity = 0  # rows that take memory, taken or free
         dtypes = [dtype if tensor.is_floating_point() else tensor.dtype for tensor in like.tensors]
         self._rows = tuple(self._new_rows(*of, device, lazy=lazy) for of in zip(like.shapes, dtypes, strict=True))

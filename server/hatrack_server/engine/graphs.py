@@ -11,28 +11,32 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hatrack_server.adapters.apply import ModuleEffect
+from hatrack_server.adapters.apply import ModuleEffect, ModuleEffects
 from hatrack_server.adapters.pieces import LowRank
 from hatrack_server.adapters.pools import Pool
 from hatrack_server.kernels.runs import FixedRuns, Runs, stretch_runs, token_tiles
+from hatrack_server.kernels.transfer import to_device
 from hatrack_server.model.batch import Batch, Decode
 from hatrack_server.model.paged import PagedModel
 from hatrack_server.model.probe import TOLERANCE
 
 logger = logging.getLogger(__name__)
 
-FEWEST_KEYS, MOST_KEYS = 64, 4096  # with more, attention takes so long that nobody waits for launches
-WORTH_RECORDING = 3  # batches of one bucket, before it gets a graph
-MOST_GRAPHS = 64
+FEWEST_KEYS, MOST_KEYS = 64, 4096  # of a row; with more, attention takes so long that nobody waits for launches
+MOST_GATHERED = 1 << 16  # keys of all rows: what gathers them takes memory for good
+WORTH_RECORDING = 3  # batches of one bucket, before it gets a graph; twice as many each time that it has lost one
+MOST_DOUBLINGS = 10
+TRIALS = 2  # batches on which a graph is compared with the pass that it stands for, before it is used
+MOST_GRAPHS = 128
+MOST_FAILURES = 3  # in a row, after which no more are recorded
 NO_RUNS = Runs()
 
-Effects = Mapping[str, ModuleEffect]
 Launch = Callable[[], Tensor]
 Record = Callable[[Launch], Launch]
 """Makes of a function that reads and writes the same places at every call what does the same, only faster."""
@@ -43,17 +47,21 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._memory = torch.cuda.graph_pool_handle()
+        self._anchor = torch.cuda.CUDAGraph()  # memory that no graph has any more can't be recorded into again
+        with self._recording(self._anchor):
+            torch.zeros(1, device="cuda")
 
     def __call__(self, run: Launch) -> Launch:
         """See Record. A replay is launched on the current stream, and gives the same tensor every time."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # what libraries make at their first call can't be recorded
-            run()
-        current.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):  # what libraries make at their first call can't be recorded
+                run()
+        finally:
+            current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        record = torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local")  # programs go on loading
-        with torch.cuda.stream(current), record:  # one that fails would leave its own stream behind
+        with torch.cuda.stream(current), self._recording(graph):  # one that fails would leave its own stream behind
             out = run()
 
         def replay() -> Tensor:
@@ -61,6 +69,10 @@ class CudaRecorder:
             return out
 
         return replay
+
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        # Other threads go on loading programs meanwhile.
+        return torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local")
 
 
 class Bucket(NamedTuple):
@@ -71,14 +83,16 @@ class Bucket(NamedTuple):
     ranks: frozenset[int]  # of the pools that their adapters lie in
 
     @classmethod
-    def of(cls, batch: Batch, ranks: frozenset[int]) -> Bucket | None:
+    def of(cls, batch: Batch, effects: ModuleEffects) -> Bucket | None:
         """None for batches that no graph serves."""
-        if batch.prefills or len(batch.decodes) != 1:
+        if batch.prefills or len(batch.decodes) != 1 or any(pool.kind is not LowRank for pool in effects.pools):
             return None
         rows, keys = batch.decodes[0].slots.shape
-        if keys > MOST_KEYS:
+        rows = _power_of_2(rows) if rows < 16 else -(-rows // 16) * 16
+        keys = max(_power_of_2(keys), FEWEST_KEYS)
+        if keys > MOST_KEYS or rows * keys > MOST_GATHERED:
             return None
-        return cls(_power_of_2(rows) if rows < 8 else -(-rows // 8) * 8, max(_power_of_2(keys), FEWEST_KEYS), ranks)
+        return cls(rows, keys, frozenset(pool.shapes[0][0] for pool in effects.pools))
 
 
 class DecodeGraphs:
@@ -89,112 +103,120 @@ class DecodeGraphs:
         self._model = model
         self._record = record or CudaRecorder()
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()  # longest unused first
-        self._seen: Counter[Bucket] = Counter()
-        self._refused: set[Bucket] = set()
-        self._pools: dict[frozenset[int], set[Pool]] = {}  # all that batches of these ranks have met
-        self._last: tuple[Effects, frozenset[int] | None] = {}, frozenset()
+        self._seen: Counter[Bucket] = Counter()  # batches since a bucket has last lost its graph
+        self._lost: Counter[Bucket] = Counter()  # graphs
+        self._wrong: set[Bucket] = set()
+        self._pools: dict[frozenset[int], frozenset[Pool]] = {}  # that batches of these ranks have met
+        self._failures = 0
 
-    def forward(self, batch: Batch, effects: Effects) -> Tensor:
+    def forward(self, batch: Batch, effects: ModuleEffects) -> Tensor:
         """See PagedModel: logits [chunks, vocab], which the next call may overwrite."""
-        ranks = self._ranks(effects)
-        bucket = None if ranks is None else Bucket.of(batch, ranks)
-        if bucket is None or bucket in self._refused:
+        bucket = Bucket.of(batch, effects) if self._failures < MOST_FAILURES else None
+        if bucket is None or bucket in self._wrong:
             return self._model.forward(batch, effects)
-        logits = self._replayed(bucket, batch, effects)
-        if logits is not None:
-            return logits
-        logits = self._model.forward(batch, effects)
-        self._seen[bucket] += 1
-        if self._seen[bucket] < WORTH_RECORDING or self._recorded(bucket, batch, effects, logits):
-            return logits
-        return self._model.forward(batch, effects)  # again: a graph may have written other keys and values
-
-    def _ranks(self, effects: Effects) -> frozenset[int] | None:
-        """Of the effects' pools; None where other pieces act, too. Looked up once for a batch and its repetitions."""
-        last, ranks = self._last
-        if effects is not last:
-            pools = {pool for effect in effects.values() for pool in effect.runs}
-            low_rank = all(pool.kind is LowRank for pool in pools)
-            ranks = frozenset(pool.stacks[0].shape[1] for pool in pools) if low_rank else None
-            if ranks is not None and not pools <= self._pools.setdefault(ranks, set()):
-                self._pools[ranks] |= pools
-                for bucket in [bucket for bucket in self._graphs if bucket.ranks == ranks]:
-                    del self._graphs[bucket]
-            self._last = effects, ranks
-        return ranks
-
-    def _replayed(self, bucket: Bucket, batch: Batch, effects: Effects) -> Tensor | None:
-        """None where there is no graph, or none any more."""
         graph = self._graphs.get(bucket)
+        if graph is not None and not graph.trials:
+            logits = graph.replay(batch, effects)
+            if logits is not None:
+                self._graphs.move_to_end(bucket)
+                return logits
+            self._lose(bucket)
+            graph = None
+        logits = self._model.forward(batch, effects)
         if graph is None:
-            return None
-        logits = graph.replay(batch, effects)
-        if logits is None:
-            del self._graphs[bucket]
-        else:
-            self._graphs.move_to_end(bucket)
-        return logits
+            self._seen[bucket] += 1
+            if self._seen[bucket] < WORTH_RECORDING << min(self._lost[bucket], MOST_DOUBLINGS):
+                return logits
+        if not logits.isfinite().all() or self._try(bucket, batch, effects, logits):
+            return logits
+        return self._model.forward(batch, effects)  # again: other keys and values may have been written
 
-    def _recorded(self, bucket: Bucket, batch: Batch, effects: Effects, expected: Tensor) -> bool:
-        """Records a graph and tries it on the batch; False, and never again, if it doesn't give what was expected."""
-        if not expected.isfinite().all():  # nothing to compare with
-            return True
+    def _try(self, bucket: Bucket, batch: Batch, effects: ModuleEffects, expected: Tensor) -> bool:
+        """Whether the bucket's graph, recorded if there is none, gives what was expected; else it is lost."""
         try:
-            graph = _Graph(self._model, bucket, sorted(self._pools[bucket.ranks], key=lambda pool: pool.number))
-            graph.record(self._record, batch, effects)
+            graph = self._graphs.get(bucket) or self._recorded(bucket, batch, effects)
             found = graph.replay(batch, effects)
-            fits = found is None or _agree(found, expected)
         except Exception:
             logger.warning("no CUDA graph of %s", bucket, exc_info=True)
-            fits = False
-        else:
-            if not fits:
-                logger.warning("a CUDA graph of %s gave other logits than the model", bucket)
-        if fits:
-            self._graphs[bucket] = graph
-            while len(self._graphs) > MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-        else:
-            self._refused.add(bucket)
-        return fits
+            self._failures += 1
+            self._lose(bucket)
+            return False
+        if found is None:
+            self._lose(bucket)
+            return False
+        if not _agree(found, expected):
+            logger.warning("a CUDA graph of %s gave other logits than the model", bucket)
+            self._failures += 1
+            self._wrong.add(bucket)
+            self._lose(bucket)
+            return False
+        self._failures = 0
+        graph.trials -= 1
+        self._graphs[bucket] = graph
+        if len(self._graphs) > MOST_GRAPHS:
+            self._lose(next(iter(self._graphs)))
+        return True
+
+    def _recorded(self, bucket: Bucket, batch: Batch, effects: ModuleEffects) -> _Graph:
+        """Serves all pools that batches of its ranks have met, but those that are empty by now."""
+        met = self._pools.get(bucket.ranks, frozenset())
+        pools = self._pools[bucket.ranks] = effects.pools | {pool for pool in met if pool.taken}
+        return _Graph(self._model, bucket, pools, self._record, batch, effects)
+
+    def _lose(self, bucket: Bucket) -> None:
+        self._graphs.pop(bucket, None)
+        self._seen[bucket] = 0
+        self._lost[bucket] += 1
 
 
 class _Graph:
-    """One bucket's forward pass, and the places where it finds what differs from batch to batch."""
+    """One bucket's forward pass, and the places where it finds what differs from batch to batch.
 
-    def __init__(self, model: PagedModel, bucket: Bucket, pools: list[Pool]) -> None:
+    trials: batches on which it has still to be compared with the pass that it stands for.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        bucket: Bucket,
+        pools: frozenset[Pool],
+        record: Record,
+        batch: Batch,
+        effects: ModuleEffects,
+    ) -> None:
+        """Is recorded with a batch's values, so that what is computed on the way is what that computes anyway."""
         rows, keys, _ = bucket
+        device = model.device
+        self.trials = TRIALS
         self._model = model
-        self._rows = torch.arange(rows, device=model.device)
-        self._token_ids, self._positions, self._write_slots = torch.zeros(
-            3, rows, dtype=torch.int64, device=model.device
-        )
-        self._slots = torch.zeros(rows, keys, dtype=torch.int64, device=model.device)
-        self._tables = torch.zeros(len(pools), rows, 3, dtype=torch.int32, device=model.device)
-        self._runs = {pool: FixedRuns(table) for pool, table in zip(pools, self._tables, strict=True)}
+        self._rows = torch.arange(rows, device=device)
+        self._token_ids, self._positions, self._write_slots = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(rows, keys, dtype=torch.int64, device=device)
+        # A multiple of 16 bytes for each pool: Triton compiles other kernels for other alignments.
+        self._tables = torch.zeros(len(pools), -(-rows // 4) * 4, 3, dtype=torch.int32, device=device)[:, :rows]
+        self._pools = pools
+        ordered = sorted(pools, key=lambda pool: pool.number)
+        self._runs = {pool: FixedRuns(table) for pool, table in zip(ordered, self._tables, strict=True)}
         modules: dict[str, dict[Pool, FixedRuns]] = {}
         for pool, runs in self._runs.items():
             modules.setdefault(pool.module, {})[pool] = runs
-        self._effects = {module: ModuleEffect(runs) for module, runs in modules.items()}
-        self._put_effects: Effects | None = None
-        self._stacks: list[weakref.ref[Tensor]] = []  # whose addresses were recorded
-
-    def record(self, record: Record, batch: Batch, effects: Effects) -> None:
-        """With the batch's values, so that what is computed on the way is what the batch computes anyway."""
-        held = self._stacks_now()
+        self._effects = ModuleEffects((module, ModuleEffect(own)) for module, own in modules.items())
+        self._last_put: ModuleEffects | None = None
+        held = self._stacks()  # until all is launched: the loading thread may move a pool meanwhile
         self._put(batch, effects)
         self._replay = record(self._run)
-        self._stacks = [weakref.ref(stack) for stack in held]
+        self._recorded = [weakref.ref(stack) for stack in held]  # whose addresses the launches have
 
-    def replay(self, batch: Batch, effects: Effects) -> Tensor | None:
-        """Logits [chunks, vocab]; None where a pool has moved since it was recorded."""
-        held = self._stacks_now()  # until all is launched: the loading thread may move one meanwhile
-        if any(recorded() is not stack for recorded, stack in zip(self._stacks, held, strict=True)):
+    def replay(self, batch: Batch, effects: ModuleEffects) -> Tensor | None:
+        """Logits [chunks, vocab]; None where a pool has moved since it was recorded, or the batch has other pools."""
+        held = self._stacks()
+        moved = any(recorded() is not stack for recorded, stack in zip(self._recorded, held, strict=True))
+        if moved or not effects.pools <= self._pools:
             return None
         self._put(batch, effects)
         return self._replay()[: len(batch.token_ids)]
 
-    def _stacks_now(self) -> list[Tensor]:
+    def _stacks(self) -> list[Tensor]:
         return [stack for pool in self._runs for stack in pool.stacks]
 
     def _run(self) -> Tensor:
@@ -203,7 +225,7 @@ class _Graph:
         batch = Batch(self._token_ids, self._positions, self._write_slots, self._rows, [decode], [])
         return self._model.forward(batch, self._effects)
 
-    def _put(self, batch: Batch, effects: Effects) -> None:
+    def _put(self, batch: Batch, effects: ModuleEffects) -> None:
         """Rows that the batch lacks repeat its last one: they write the same keys and values to the same places."""
         rows, [decode] = len(batch.token_ids), batch.decodes
         chosen = self._rows.clamp(max=rows - 1)
@@ -212,29 +234,31 @@ class _Graph:
         self._write_slots.copy_(batch.write_slots[chosen])
         keys = decode.slots.shape[1]
         self._slots[:, :keys] = decode.slots[chosen]
-        self._slots[:, keys:] = 0
-        if effects is not self._put_effects:
+        self._slots[:, keys:] = 0  # where zeros are: what lies elsewhere may be another's, and not finite
+        if effects is not self._last_put:
             self._put_runs(effects, rows)
-            self._put_effects = effects
+            self._last_put = effects
 
-    def _put_runs(self, effects: Effects, rows: int) -> None:
-        made: dict[int, tuple[Runs, Tensor]] = {}  # programs mostly lie alike in all their pools, and share their runs
+    def _put_runs(self, effects: ModuleEffects, rows: int) -> None:
+        # Programs mostly lie alike in all their pools, which then share their runs.
+        made: dict[int, tuple[Runs, Tensor]] = {}
         tables = []
         for pool, fixed in self._runs.items():
             runs = effects[pool.module].runs.get(pool, NO_RUNS) if pool.module in effects else NO_RUNS
             if id(runs) not in made:
                 stretched = stretch_runs(runs, rows, len(self._rows))
                 made[id(runs)] = stretched, token_tiles(stretched, len(self._rows))
-            fixed[:], table = made[id(runs)]
+            stretched, table = made[id(runs)]
+            fixed[:] = stretched
             tables.append(table)
         if tables:
-            self._tables.copy_(torch.stack(tables), non_blocking=True)
+            self._tables.copy_(to_device(torch.stack(tables), self._tables.device))
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether logits are the same as far as their dtype tells."""
-    difference = (found.float() - expected.float()).abs().max()
-    return bool(difference <= TOLERANCE[expected.dtype] * expected.float().abs().max())
+    """Whether each row's logits are the same as far as their dtype tells."""
+    difference = (found.float() - expected.float()).abs().amax(-1)
+    return bool((difference <= TOLERANCE[expected.dtype] * expected.float().abs().amax(-1)).all())
 
 
 def _power_of_2(number: int) -> int:

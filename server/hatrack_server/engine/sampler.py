@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hatrack_server.kernels.transfer import to_device, to_host
 from hatrack_server.types import Sampling, TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -58,7 +58,7 @@ class Sample:
     def __init__(self, tokens: Tensor, finite: Tensor, logprobs: Logprobs | None) -> None:
         self.tokens = tokens
         self._logprobs = logprobs
-        self._found = [_to_host(tensor) for tensor in (tokens, finite, *(logprobs.tensors if logprobs else ()))]
+        self._found = [to_host(tensor) for tensor in (tokens, finite, *(logprobs.tensors if logprobs else ()))]
         self._arrived = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:
             self._arrived.record()
@@ -85,11 +85,6 @@ def sample(logits: Tensor, draws: Rows[Draw]) -> Sample:
         rows = to_device(random, logits.device)
         tokens[rows] = _draw(allowed[rows], [draws[row] for row in random])
     return Sample(tokens, logits.isfinite().all(-1), _top_logprobs(logits, tokens, draws))
-
-
-def to_device(values: list[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the values; `torch.tensor` by itself would wait for all that the device has been given to do."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def _ban(logits: Tensor, draws: Rows[Draw]) -> Tensor:
@@ -153,7 +148,3 @@ def _top_logprobs(logits: Tensor, tokens: Tensor, draws: Rows[Draw]) -> Logprobs
     chosen = logprobs.gather(-1, tokens[rows][:, None])[:, 0]
     values, ids = logprobs.topk(min(max(wanted.values()), logits.shape[-1]), dim=-1)
     return Logprobs(list(wanted), list(wanted.values()), (chosen, values, ids))
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", non_blocking=True)  # to pinned memory, which alone a device writes while we go on

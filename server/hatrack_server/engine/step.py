@@ -18,9 +18,10 @@ from hatrack_server.adapters.slots import ProgramSlots
 from hatrack_server.engine.blocks import KVBlocks
 from hatrack_server.engine.graphs import DecodeGraphs
 from hatrack_server.engine.messages import DEADLINE_ERROR
-from hatrack_server.engine.sampler import Draw, Drawn, Sample, sample, to_device
+from hatrack_server.engine.sampler import Draw, Drawn, Sample, sample
 from hatrack_server.engine.scheduler import Scheduler, Work
 from hatrack_server.engine.sequence import PENDING, Sequence
+from hatrack_server.kernels.transfer import to_device
 from hatrack_server.model.batch import Batch, Chunk, build_batch
 from hatrack_server.model.paged import PagedModel
 from hatrack_server.types import Artifact, Delta, EngineStats, FinishReason, Generation
@@ -76,7 +77,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step may have something to do."""
+        """Whether any sequence waits for something: its tokens, its program, or a place among the running ones."""
         return self.scheduler.has_work
 
     def submit(self, generation: Generation) -> None:
@@ -101,15 +102,17 @@ class Engine:
         return [self._fail(sequence, error) for sequence in waiting if sequence.generation.artifact == artifact]
 
     def step(self) -> list[Delta]:
-        """Starts one forward pass over what the scheduler chose, if any can run; the deltas of those that are done.
+        """Starts one forward pass over what the scheduler chose, if any can run; what sequences got, or ended with.
 
-        With `ahead` that is the one before: while the device computes a pass, the next one is made ready behind it, so
-        that it never waits for us. A row that turns out to have ended was computed once in vain, and is passed over.
+        With `ahead` they get what the pass before gave: while the device computes one, the next is made ready behind
+        it, so that it never waits for us. A row that turns out to have ended was computed once in vain, and is left.
         """
         now = time.monotonic()
-        deltas = [self._fail(sequence, DEADLINE_ERROR) for sequence in self.scheduler.expired(now)]
-        if self._in_flight and self.scheduler.must_preempt:  # a token that is computed anew must be known
+        deltas: list[Delta] = []
+        # A token that is computed anew must be known, and the last one of an answer is not too late if it is there.
+        if self._in_flight and (self.scheduler.must_preempt or self.scheduler.expired(now)):
             deltas += self._collect()
+        deltas += [self._fail(sequence, DEADLINE_ERROR) for sequence in self.scheduler.expired(now)]
         work = self._in_order(self.scheduler.schedule(now))
         passes = self._run_isolated(work) if work else []
         deltas += self._collect()

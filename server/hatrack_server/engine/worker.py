@@ -137,12 +137,12 @@ class Worker:
 
     def run(self) -> None:
         """Steps until told to stop; blocks only while no sequence can run."""
-        stepped = False
+        goes_on = False
         while True:
             deltas: list[Delta] = []
             loads: list[float] = []
             heard = False
-            for message in self._mail(stepped=stepped):
+            for message in self._mail(goes_on=goes_on):
                 heard = True
                 match message:
                     case Stop():
@@ -163,15 +163,16 @@ class Worker:
             before = self._engine.steps
             deltas += self._engine.step()
             stepped = self._engine.steps > before
+            goes_on = stepped or bool(deltas)  # what a sequence that has ended leaves may be for another
             # A GPU's steps leave the cores alone.
             self._engine.slots.beside_steps = self._on_cpu and bool(self._engine.scheduler.running)
             if heard or stepped or deltas:  # silence tells the front process that nothing gets on
                 stats = replace(self._engine.stats(stepped=stepped), adapter_loads=tuple(loads))
                 self._outbox.put(Stepped(tuple(deltas), stats))
 
-    def _mail(self, *, stepped: bool) -> Iterator[ToWorker | Load]:
-        """What has come; waits for it unless the last step had work, which then the next one has too."""
-        if not stepped:
+    def _mail(self, *, goes_on: bool) -> Iterator[ToWorker | Load]:
+        """What has come; waits for it unless the next step may have work without it."""
+        if not goes_on:
             try:
                 yield self._inbox.get(timeout=LOAD_POLL_SECONDS if self._engine.has_work else None)
             except queue.Empty:

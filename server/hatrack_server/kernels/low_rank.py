@@ -18,7 +18,7 @@ IN_PLACE, COPIED = 256, 1024
 class BatchLowRank:
     """y += (x Aᵀ) B for the tokens of each of a batch's adapters, as often as the batch takes a step.
 
-    in_c: the C kernel's sums, where that is all there is to do; a product of the same x can take them along.
+    native_sums: those of the C kernel, where that is all there is to do: a product of the same x can take them along.
     """
 
     def __init__(self, a: Tensor, b: Tensor, runs: list[Run]) -> None:
@@ -32,7 +32,7 @@ class BatchLowRank:
         for run in runs:
             (few if library is not None and _has_few(run, a.shape[1]) else self._many).append(run)
         self._sums = library.low_rank_sums(a, b, few) if library is not None and few else None
-        self.in_c = None if self._many else self._sums
+        self.native_sums = None if self._many else self._sums
 
     def __call__(self, y: Tensor, x: Tensor) -> None:
         """Adds to y[T, out] in place, given x[T, in]; tokens outside of every run are left alone.

@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("scales", state.absmax)
         self.register_buffer("code", state.code.bfloat16().float())  # as bitsandbytes' kernel rounds it
         self._product = self._fastest_product()
-        self.in_c = self._product if isinstance(self._product, NF4Product) and self.bias is None else None
+        self.native_product = self._product if isinstance(self._product, NF4Product) and self.bias is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x[…, in] to […, out], in the dtype of x."""
@@ -99,9 +99,9 @@ def nf4_linear(x: Tensor, layer: BaseLinear, added: BatchLowRank | None = None) 
     """x[…, in] times the base's weight, plus its bias: […, out]. Then plus what low ranks give for x, made on the way
     where that can be done: the same values to the bit, without the time that a call of its own takes.
     """
-    product = layer.in_c if isinstance(layer, PackedLinear) and x.dtype is torch.bfloat16 else None
-    if product is not None and added is not None and added.in_c is not None:
-        return product(x.contiguous(), added.in_c)
+    product = layer.native_product if isinstance(layer, PackedLinear) and x.dtype is torch.bfloat16 else None
+    if product is not None and added is not None and added.native_sums is not None:
+        return product(x.contiguous(), added.native_sums)
     # Nothing hooks into a layer: looking for that takes longer than a small product.
     y: Tensor = _dense_linear(x, layer) if type(layer) is nn.Linear else layer.forward(x)
     if added is not None:

@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hatrack_server.kernels.transfer import to_device
+
 # Tokens of one row that a GPU kernel takes with tiles of 1, or of 16; higher tiles read a longer row less often.
 SHORT, MEDIUM = 4, 64
 
@@ -85,7 +87,7 @@ class Tiles:
             for tokens, row in parts
             for first in range(tokens.start, tokens.stop, height)
         ]
-        return cls(height, torch.tensor(cut, dtype=torch.int32).view(-1, 3).to(device, non_blocking=True))
+        return cls(height, to_device(cut, device, torch.int32).view(-1, 3))
 
 
 class Runs(list[Run]):
@@ -108,10 +110,13 @@ class Runs(list[Run]):
 
 
 class FixedRuns(Runs):
-    """Runs that change while their tiles stay where they are, as a recorded CUDA graph needs them."""
+    """Runs that change while their tiles stay where they are, as a recorded CUDA graph needs them.
+
+    Whoever changes them fills the table, too, which many of them may share: with the `token_tiles` of the same runs.
+    """
 
     def __init__(self, table: Tensor) -> None:
-        """`table` has the tiles of single tokens, and whoever changes the runs fills it (see `token_tiles`)."""
+        """table[tokens, 3]: of tiles of single tokens."""
         super().__init__()
         self._tiles[table.device] = Tiles(1, table)
 

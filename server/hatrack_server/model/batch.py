@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hatrack_server.kernels.paged_attention import causal_mask
+from hatrack_server.kernels.transfer import to_device
 
 SHORT = 256  # keys; up to here, one product over padded rows costs less than several
 
@@ -84,10 +86,7 @@ class Batch:
 
 def build_batch(chunks: Sequence[Chunk], device: torch.device) -> Batch:
     """Lays the chunks out one after the other; copies to `device` once per tensor, and doesn't wait for it."""
-
-    def put(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
+    put = functools.partial(to_device, device=device)
     lengths = [len(chunk.tokens) for chunk in chunks]
     ends = torch.tensor(lengths).cumsum(0)
     positions = torch.cat([torch.arange(c.start, c.start + len(c.tokens)) for c in chunks])
@@ -103,7 +102,7 @@ def build_batch(chunks: Sequence[Chunk], device: torch.device) -> Batch:
         if length > 1
     ]
     return Batch(
-        token_ids=put(torch.tensor([token for chunk in chunks for token in chunk.tokens])),
+        token_ids=put([token for chunk in chunks for token in chunk.tokens], dtype=torch.int64),
         positions=put(positions),
         write_slots=put(torch.cat([chunk.slots[chunk.start :] for chunk in chunks])),
         last_tokens=put(ends - 1),
@@ -124,11 +123,11 @@ def _similar(single: Iterable[tuple[Chunk, int]]) -> Iterator[list[tuple[Chunk, 
         yield group
 
 
-def _decode(group: Sequence[tuple[Chunk, int]], put: Callable[[Tensor], Tensor]) -> Decode:
+def _decode(group: Sequence[tuple[Chunk, int]], put: Callable[..., Tensor]) -> Decode:
     group = sorted(group, key=lambda found: found[1])
     slots = torch.nn.utils.rnn.pad_sequence([chunk.slots for chunk, _ in group], batch_first=True)
     positions = torch.tensor([chunk.start for chunk, _ in group])
     places = [token for _, token in group]
     adjacent = places[-1] - places[0] == len(places) - 1
-    tokens = slice(places[0], places[-1] + 1) if adjacent else put(torch.tensor(places))
+    tokens = slice(places[0], places[-1] + 1) if adjacent else put(places)
     return Decode(tokens, put(slots), put(positions))

@@ -13,6 +13,7 @@ from hatrack_server.config import EngineConfig
 from hatrack_server.errors import StartupError
 from hatrack_server.kernels.native import native
 from hatrack_server.kernels.nf4_linear import nf4_tensors
+from hatrack_server.kernels.transfer import to_device
 from hatrack_server.model.attention import NAME, PAGED, PagedKV, StepCache
 from hatrack_server.model.batch import Batch
 from hatrack_server.model.checkpoint import eos_token_ids
@@ -96,6 +97,7 @@ class PagedModel:
     def write_kv(self, attention: str, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts ready keys and values [n, kv_heads, dim] of one attention layer at slots[n] of the pool."""
         layer = self._attention_layers[attention]
+        slots = to_device(slots, self.device)
         self._kv.keys[layer][slots] = keys.to(self.dtype)
         self._kv.values[layer][slots] = values.to(self.dtype)
 

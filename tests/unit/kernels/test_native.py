@@ -57,6 +57,19 @@ def test_low_rank_of_several_tokens_to_a_row(library: Native, rank: int, width: 
     torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-4 * width)
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_low_rank_threads_wait_for_each_other(library: Native) -> None:
+    """Three groups of ranks and three strips of outputs: the thread with less to do of either is the same."""
+    a, b, y = halves(1, 12, 8192), halves(1, 12, 600, seed=1), torch.zeros(1, 600, dtype=torch.bfloat16)
+    add = library.low_rank_sums(a, b, [Run(0, 1, (0,))])
+    for n in range(20):
+        x = halves(1, 8192, seed=2) * (1 + n % 2)  # so that what the last call has left is wrong
+        wanted = torch.zeros(1, 600)
+        add_low_rank_reference(wanted, x.float(), a.float(), b.float(), [Run(0, 1, (0,))])
+        add(y.zero_(), x)
+        torch.testing.assert_close(y.float(), wanted, rtol=2**-7, atol=1.0)
+
+
 def test_low_rank_on_its_own_output(library: Native) -> None:
     a, b, y = halves(2, 8, 40), halves(2, 8, 40, seed=1), halves(3, 40, seed=2)
     other = y.clone()

@@ -147,6 +147,25 @@ def test_low_ranks_on_the_way_are_those_of_a_call_of_their_own(kind: str, runs: 
     assert torch.equal(nf4_linear(x[None], layer, added), wanted[None])
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.usefixtures("two_threads")
+def test_threads_wait_for_each_other(tokens: int) -> None:
+    """Three groups of outputs, which leave one of two threads with twice as much to do."""
+    layer = pack(layer_of(96, 8192, bias=False, dtype=torch.bfloat16))
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 12, 8192, generator=generator) / 90, torch.randn(2, 12, 96, generator=generator)
+    added = BatchLowRank(a.bfloat16(), b.bfloat16(), [Run(0, 1, tuple(range(tokens)))])
+    for n in range(20):
+        x = inputs(tokens, 8192).bfloat16() * (1 + n % 2)  # so that what the last call has left is wrong
+        product, alone = nf4_linear(x, layer), torch.zeros(tokens, 96, dtype=torch.bfloat16)
+        added(alone, x)
+        wanted = torch.einsum("ti,tri,tro->to", x.float(), a[:tokens], b[:tokens])
+        torch.testing.assert_close(alone.float(), wanted, rtol=2**-5, atol=0.05)
+        added(product, x)
+        assert torch.equal(nf4_linear(x, layer, added), product)
+
+
 def test_low_ranks_of_another_layer_are_refused(packed_layer: PackedLinear, library: Native) -> None:
     if not library.has_nf4_product:
         pytest.skip("no product in C on this machine")
