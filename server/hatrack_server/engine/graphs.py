@@ -101,7 +101,7 @@ class DecodeGraphs:
     def __init__(self, model: PagedModel, record: Record | None = None) -> None:
         """`record` is a CudaRecorder unless something else is given."""
         self._model = model
-        self._record = record or CudaRecorder()
+        self._record = record
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()  # longest unused first
         self._seen: Counter[Bucket] = Counter()  # batches since a bucket has last lost its graph
         self._lost: Counter[Bucket] = Counter()  # graphs
@@ -161,6 +161,8 @@ class DecodeGraphs:
         """Serves all pools that batches of its ranks have met, but those that are empty by now."""
         met = self._pools.get(bucket.ranks, frozenset())
         pools = self._pools[bucket.ranks] = effects.pools | {pool for pool in met if pool.taken}
+        if self._record is None:  # not before: a device that records nothing must not keep a server from starting
+            self._record = CudaRecorder()
         return _Graph(self._model, bucket, pools, self._record, batch, effects)
 
     def _lose(self, bucket: Bucket) -> None:
