@@ -43,8 +43,8 @@ class EngineConfig(BaseModel):
     async_scheduling: bool | None = None
     """Start the next step before the last one's tokens are waited for. None: on a GPU; a CPU gains nothing by it."""
     cuda_graphs: bool = True
-    """On a GPU, record the launches of decodes, and replay them. What the largest ones compute on the way takes memory
-    beside what is set here: for an 8B model about half a gigabyte."""
+    """On a GPU, record the launches of decodes, and replay them. What the largest ones compute on the way, and what
+    each of them gives, takes memory beside what is set here: for an 8B model an estimated gigabyte."""
     max_rank: int = Field(default=256, ge=1)
     prefix_cache: bool = True
 

@@ -195,6 +195,41 @@ def test_what_cannot_be_recorded_is_given_up(
     assert caplog.text.count("no CUDA graph") == graphs.MOST_FAILURES
 
 
+def test_graphs_that_work_go_on_when_no_more_are_recorded(
+    engine: InProcess, recorder: Recorder, plain: dict[str | None, list[int]]
+) -> None:
+    assert answer(engine) == plain[None]
+    engine.engine._graphs._record = lambda _: 1 / 0  # type: ignore[assignment, return-value]
+    for turn in range(3):
+        ids = [engine.submit(PROMPT, sampling=SAMPLING, salt=b"%d%d" % (turn, n)) for n in range(2)]
+        deltas = engine.run()
+        assert [tokens(deltas[i]) for i in ids] == [plain[None]] * 2
+    assert engine.engine._graphs._failures == graphs.MOST_FAILURES
+    replayed = recorder.replayed
+    assert answer(engine) == plain[None]
+    assert recorder.replayed == replayed + SAMPLING.max_tokens - 1
+
+
+def test_a_graph_that_fails_later_is_lost_and_its_batch_is_not(
+    engine: InProcess, plain: dict[str | None, list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    replayed: list[Launch] = []
+
+    def record(run: Launch) -> Launch:
+        def replay() -> Tensor:
+            replayed.append(run)
+            if len(replayed) == graphs.TRIALS + 3:
+                raise RuntimeError("CUDA error: out of memory")
+            return run()
+
+        return replay
+
+    by_graphs(engine, record)
+    assert answer(engine) == plain[None]
+    assert len(set(replayed)) == 2  # another was recorded
+    assert caplog.text.count("failed") == 1
+
+
 def test_what_failed_once_is_recorded_later(
     engine: InProcess, recorder: Recorder, plain: dict[str | None, list[int]]
 ) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ WORTH_RECORDING = 3  # batches of one bucket, before it gets a graph; twice as m
 MOST_DOUBLINGS = 10
 TRIALS = 2  # batches on which a graph is compared with the pass that it stands for, before it is used
 MOST_GRAPHS = 128
-MOST_FAILURES = 3  # in a row, after which no more are recorded
+MOST_FAILURES = 3  # without a success in between, after which no more are recorded
 NO_RUNS = Runs()
 
 Launch = Callable[[], Tensor]
@@ -61,7 +62,7 @@ class CudaRecorder:
         finally:
             current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(current), self._recording(graph):  # one that fails would leave its own stream behind
+        with self._recording(graph):
             out = run()
 
         def replay() -> Tensor:
@@ -70,9 +71,12 @@ class CudaRecorder:
 
         return replay
 
-    def _recording(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        # Other threads go on loading programs meanwhile.
-        return torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local")
+    @contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        # One that fails would leave its own stream behind. Other threads go on loading programs meanwhile.
+        record = torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.current_stream()), record:
+            yield
 
 
 class Bucket(NamedTuple):
@@ -111,25 +115,41 @@ class DecodeGraphs:
 
     def forward(self, batch: Batch, effects: ModuleEffects) -> Tensor:
         """See PagedModel: logits [chunks, vocab], which the next call may overwrite."""
-        bucket = Bucket.of(batch, effects) if self._failures < MOST_FAILURES else None
+        bucket = Bucket.of(batch, effects)
         if bucket is None or bucket in self._wrong:
             return self._model.forward(batch, effects)
         graph = self._graphs.get(bucket)
         if graph is not None and not graph.trials:
-            logits = graph.replay(batch, effects)
+            logits = self._replayed(bucket, graph, batch, effects)
             if logits is not None:
-                self._graphs.move_to_end(bucket)
                 return logits
-            self._lose(bucket)
             graph = None
         logits = self._model.forward(batch, effects)
         if graph is None:
             self._seen[bucket] += 1
-            if self._seen[bucket] < WORTH_RECORDING << min(self._lost[bucket], MOST_DOUBLINGS):
+            if not self._is_worth_recording(bucket):
                 return logits
         if not logits.isfinite().all() or self._try(bucket, batch, effects, logits):
             return logits
         return self._model.forward(batch, effects)  # again: other keys and values may have been written
+
+    def _is_worth_recording(self, bucket: Bucket) -> bool:
+        wanted = WORTH_RECORDING << min(self._lost[bucket], MOST_DOUBLINGS)
+        return self._seen[bucket] >= wanted and self._failures < MOST_FAILURES
+
+    def _replayed(self, bucket: Bucket, graph: _Graph, batch: Batch, effects: ModuleEffects) -> Tensor | None:
+        """None where the graph can't be used any more; then it is lost."""
+        try:
+            logits = graph.replay(batch, effects)
+        except Exception:  # the pass itself may do all the same
+            logger.warning("a CUDA graph of %s failed", bucket, exc_info=True)
+            self._failures += 1
+            logits = None
+        if logits is None:
+            self._lose(bucket)
+        else:
+            self._graphs.move_to_end(bucket)
+        return logits
 
     def _try(self, bucket: Bucket, batch: Batch, effects: ModuleEffects, expected: Tensor) -> bool:
         """Whether the bucket's graph, recorded if there is none, gives what was expected; else it is lost."""

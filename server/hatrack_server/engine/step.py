@@ -109,7 +109,7 @@ class Engine:
         """
         now = time.monotonic()
         deltas: list[Delta] = []
-        # A token that is computed anew must be known, and the last one of an answer is not too late if it is there.
+        # A token that is computed anew must be known; and an answer whose last one is on its way is not too late.
         if self._in_flight and (self.scheduler.must_preempt or self.scheduler.expired(now)):
             deltas += self._collect()
         deltas += [self._fail(sequence, DEADLINE_ERROR) for sequence in self.scheduler.expired(now)]
