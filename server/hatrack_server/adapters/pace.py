@@ -9,7 +9,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 BURST_SECONDS = 0.0005
-PAUSE = 5.0  # times the burst before it: a step takes a fifth longer, and a load six times as long
+PAUSE = 5.0  # times the burst before it: this thread takes a sixth of a core, and a load six times as long
 
 
 class Paced(TorchFunctionMode):

@@ -238,10 +238,13 @@ class Engine:
             tokens = sequence.tokens[sequence.computed : end]
             chunks.append(Chunk(tokens, sequence.computed, self._kv_slots(sequence, end)))
         batch = build_batch(chunks, self.model.device)
-        ends = itertools.accumulate(w.count for w in work)
-        pending = {w.sequence: end - 1 for w, end in zip(work, ends, strict=True) if w.sequence.tokens[-1] == PENDING}
-        for p in self._in_flight:
-            p.put_tokens(batch.token_ids, pending)
+        if self._in_flight:
+            ends = itertools.accumulate(w.count for w in work)
+            pending = {
+                w.sequence: end - 1 for w, end in zip(work, ends, strict=True) if w.sequence.tokens[-1] == PENDING
+            }
+            for p in self._in_flight:
+                p.put_tokens(batch.token_ids, pending)
         return batch
 
     def _kv_slots(self, sequence: Sequence, end: int) -> Tensor:
